@@ -1,0 +1,84 @@
+"""Engine options: one frozen struct, shared by `LLM(...)`, the CLI and the server. Unknown names raise."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pjengine.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+BACKENDS = ("auto", "reference", "mosaic", "triton")
+PAGE_SIZES = (16, 32, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine. Each is also a CLI flag (`max_model_len` is `--max-model-len`), as in vLLM where it has it.
+
+    Attributes:
+      model: directory, .gguf file, hub id or embedded name (`pjengine models` lists those).
+      dtype: of weights and KV cache; "auto": the checkpoint's own on a GPU, float32 on a CPU.
+      load_format: "auto" looks at the files; "dummy" draws random weights of the config's shapes on the device.
+      seed: of dummy weights and of requests that bring no seed of their own.
+      max_model_len: longest sequence, prompt and output together, in tokens; None: the model's own limit.
+      max_num_seqs: most sequences that run at once; None: 256 on a GPU, 64 on a CPU.
+      max_num_batched_tokens: token budget of a step; None: 8192 on a GPU, 512 on a CPU.
+      max_waiting: most requests that may wait; one more is refused with EngineOverloaded.
+      page_size: tokens per KV page; None: the device's default.
+      num_pages: KV pages of the full-attention group; None: as many as memory allows.
+      gpu_memory_utilization: share of the device's memory the engine may use.
+      cpu_kv_bytes: memory for KV pages where there is no GPU, bytes.
+      enable_prefix_caching: reuse the pages of equal prompt prefixes.
+      attention_backend: one of BACKENDS; "auto" takes the first that can serve the op.
+      compile_cache: directory of compiled executables; None: the XDG cache directory; "": none.
+      eager_buckets: start serving when this many of the smallest buckets are compiled, the rest behind; None: all first.
+    """
+
+    model: str
+    dtype: str = "auto"
+    load_format: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_waiting: int = 16384
+    page_size: int | None = None
+    num_pages: int | None = None
+    gpu_memory_utilization: float = 0.92
+    cpu_kv_bytes: int = 1 << 30
+    enable_prefix_caching: bool = True
+    attention_backend: str = "auto"
+    compile_cache: str | None = None
+    eager_buckets: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("load_format", LOAD_FORMATS),
+            ("attention_backend", BACKENDS),
+            ("page_size", (None, *PAGE_SIZES)),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "eager_buckets"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")
+        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+        _require(self.cpu_kv_bytes > 0, "cpu_kv_bytes", self.cpu_kv_bytes, "above 0")
+
+    @classmethod
+    def make(cls, model: str, **options: Any) -> EngineConfig:
+        """As the constructor, but an unknown option is a ConfigError that lists the known ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"{name}: unknown engine option; known are {', '.join(sorted(known - {'model'}))}")
+        return cls(model=model, **options)
+
+
+def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{field}: expected {allowed}, got {value!r}")

@@ -1,0 +1,53 @@
+"""Every exception a user can meet. Each names the field at fault, the value found and the remedy."""
+
+from __future__ import annotations
+
+
+class PJEngineError(Exception):
+    """Base of all errors raised on purpose; anything else that escapes is a bug."""
+
+
+class ConfigError(PJEngineError, ValueError):
+    """An engine option has a value that cannot work."""
+
+
+class ModelError(PJEngineError, ValueError):
+    """A model directory, file or name cannot be found, read or understood."""
+
+
+class KernelUnavailable(PJEngineError, RuntimeError):
+    """No backend (or not the one asked for) can serve an op here; the message lists each refusal."""
+
+
+class OutOfMemory(PJEngineError, RuntimeError):
+    """Weights, temporaries and the smallest useful KV cache do not fit; the message holds the numbers."""
+
+
+class InvalidRequest(PJEngineError, ValueError):
+    """One request is wrong; no other request is affected. HTTP status 400.
+
+    Attributes:
+      field: the request's field at fault, as the user spells it (OpenAI's `param`), or None.
+      code: a machine-readable reason (OpenAI's `code`), or None.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+
+class EngineDead(PJEngineError, RuntimeError):
+    """The engine stopped; open and new requests cannot be served."""
+
+
+class EngineOverloaded(PJEngineError, RuntimeError):
+    """The waiting queue is full. HTTP status 503 with Retry-After.
+
+    Attributes:
+      retry_after: seconds after which a retry makes sense.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -1,0 +1,72 @@
+"""ParamSpec: a weight is declared once; init, loading, sharding and memory planning follow from the declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One weight of a model.
+
+    Attributes:
+      shape: of the array as `forward` uses it (matrices as [in, out]: `x @ w`).
+      axes: a logical axis name (or None) per dimension, for sharding: "vocab", "embed", "heads", "kv_heads", "mlp", ….
+      init: "normal" (std 0.02), "zeros" or "ones".
+      sources: checkpoint tensor names whose rows, concatenated along axis 0 as stored ([out, in]), make this weight; more
+        than one for a fused weight (Q, K, V). Transposed on loading where `transpose`.
+      transpose: the checkpoint stores [out, in] (torch.nn.Linear).
+      dtype: overrides the model's dtype (for weights that must stay float32); None: the model's.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    sources: tuple[str, ...]
+    init: str = "normal"
+    transpose: bool = False
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"axes: {self.axes} must name every dimension of shape {self.shape}")
+        if self.init not in ("normal", "zeros", "ones"):
+            raise ValueError(f"init: expected normal, zeros or ones, got {self.init!r}")
+
+    def nbytes(self, dtype: Any) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype or dtype).itemsize
+
+
+def is_spec(x: object) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def init_params(specs: Any, dtype: Any, seed: int = 0) -> Any:
+    """Random weights of the declared shapes, generated on the default device.
+
+    Args:
+      specs: a pytree with ParamSpec leaves (dicts and lists).
+      dtype: of every weight that does not declare its own.
+    Returns: the same tree with arrays for specs.
+    """
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
+    draw = jax.jit(_draw, static_argnums=(1, 2, 3))
+    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
+    return treedef.unflatten(
+        [draw(k, s.shape, jnp.dtype(s.dtype or dtype).name, s.init) for k, s in zip(keys, leaves, strict=True)]
+    )
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str, init: str) -> jax.Array:
+    if init == "normal":
+        return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
+    return jnp.full(shape, 1.0 if init == "ones" else 0.0, dtype)
+
+
+def total_bytes(specs: Any, dtype: Any) -> int:
+    """Bytes of all weights of a spec tree."""
+    return sum(s.nbytes(dtype) for s in jax.tree.leaves(specs, is_leaf=is_spec))
