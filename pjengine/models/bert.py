@@ -1,0 +1,130 @@
+"""BERT encoders (arXiv:1810.04805): MiniLM, BGE and other sentence embedders."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+
+from pjengine.models.hf_config import HFConfig, allow, required
+from pjengine.models.layers import gelu, layer_norm, linear, split_heads
+from pjengine.models.params import ParamSpec
+from pjengine.pallas_kernels import packed_attention
+from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shape of an encoder; static under jit.
+
+    Attributes:
+      max_position_embeddings: rows of the position table: no sequence can be longer, tokens.
+      type_vocab_size: rows of the token type (segment) table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position_embeddings: int
+    num_heads: int
+    mlp_size: int
+    type_vocab_size: int
+    layer_norm_eps: float
+
+    @classmethod
+    def from_hf(cls, hf: HFConfig) -> Self:
+        """Reads config.json; ModelError names a field that cannot be honoured."""
+        allow(hf, "hidden_act", "gelu")
+        allow(hf, "position_embedding_type", None, "absolute")
+        allow(hf, "is_decoder", False)
+        allow(hf, "quantization_config", None)
+        return cls(
+            vocab_size=int(required(hf, "vocab_size")),
+            hidden_size=int(required(hf, "hidden_size")),
+            num_layers=int(required(hf, "num_hidden_layers")),
+            max_position_embeddings=int(required(hf, "max_position_embeddings")),
+            num_heads=int(required(hf, "num_attention_heads")),
+            mlp_size=int(required(hf, "intermediate_size")),
+            type_vocab_size=int(hf.get("type_vocab_size", 2)),
+            layer_norm_eps=float(hf.get("layer_norm_eps", 1e-12)),
+        )
+
+
+def param_specs(config: Config) -> dict[str, Any]:
+    """Weights by name: three embedding tables, their norm, layers[i]. The pooler's are not read."""
+    hidden = config.hidden_size
+
+    def table(rows: int, axis: str | None, name: str) -> ParamSpec:
+        return ParamSpec((rows, hidden), (axis, "embed"), (f"embeddings.{name}_embeddings.weight",))
+
+    return {
+        "embed": table(config.vocab_size, "vocab", "word"),
+        "position_embed": table(config.max_position_embeddings, None, "position"),
+        "type_embed": table(config.type_vocab_size, None, "token_type"),
+        **_norm_specs("embed_norm", "embeddings.LayerNorm", hidden),
+        "layers": [_layer_specs(config, f"encoder.layer.{i}") for i in range(config.num_layers)],
+    }
+
+
+def _layer_specs(config: Config, prefix: str) -> dict[str, ParamSpec]:
+    hidden, mlp = config.hidden_size, config.mlp_size
+    specs: dict[str, ParamSpec] = {}
+    for name, (size_in, axis_in), (size_out, axis_out), modules in (
+        ("qkv", (hidden, "embed"), (3 * hidden, "qkv"), [f"attention.self.{m}" for m in ("query", "key", "value")]),
+        ("o", (hidden, "heads"), (hidden, "embed"), ["attention.output.dense"]),
+        ("up", (hidden, "embed"), (mlp, "mlp"), ["intermediate.dense"]),
+        ("down", (mlp, "mlp"), (hidden, "embed"), ["output.dense"]),
+    ):
+        weights, biases = ([f"{prefix}.{m}.{kind}" for m in modules] for kind in ("weight", "bias"))
+        specs[name] = ParamSpec((size_in, size_out), (axis_in, axis_out), tuple(weights), transpose=True)
+        specs[f"{name}_bias"] = ParamSpec((size_out,), (axis_out,), tuple(biases), init="zeros")
+    specs |= _norm_specs("attn_norm", f"{prefix}.attention.output.LayerNorm", hidden)
+    specs |= _norm_specs("mlp_norm", f"{prefix}.output.LayerNorm", hidden)
+    return specs
+
+
+def _norm_specs(name: str, source: str, size: int) -> dict[str, ParamSpec]:
+    return {
+        name: ParamSpec((size,), (None,), (f"{source}.weight",), init="ones"),
+        f"{name}_bias": ParamSpec((size,), (None,), (f"{source}.bias",), init="zeros"),
+    }
+
+
+def cache_specs(config: Config) -> tuple[CacheSpec, ...]:
+    """Empty: an encoder sees whole sequences and keeps nothing."""
+    return ()
+
+
+def forward(
+    params: dict[str, Any], inputs: StepInputs, cache: KVCache | None, config: Config
+) -> tuple[jax.Array, KVCache | None]:
+    """Hidden states [T, hidden_size] of packed whole sequences; `pooling.pool` makes embeddings of them.
+
+    Args:
+      params: arrays in the tree of `param_specs`; their dtype is the dtype of the computation.
+      inputs: T tokens of R rows, each row a whole sequence.
+      cache: passed through; encoders have none.
+    """
+    types = params["type_embed"][0] if inputs.token_types is None else params["type_embed"][inputs.token_types]
+    x = params["embed"][inputs.token_ids] + params["position_embed"][inputs.positions] + types
+    x = _norm(x, params, "embed_norm", config)
+    for layer in params["layers"]:
+        x = _norm(x + _attention(layer, x, inputs, config), layer, "attn_norm", config)
+        x = _norm(x + _mlp(layer, x), layer, "mlp_norm", config)
+    return x, cache
+
+
+def _attention(layer: dict[str, jax.Array], x: jax.Array, inputs: StepInputs, config: Config) -> jax.Array:
+    q, k, v = split_heads(linear(x, layer["qkv"], layer["qkv_bias"]), config.num_heads, config.num_heads)
+    attended = packed_attention(q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, backend=inputs.backend)
+    return linear(attended.reshape(x.shape), layer["o"], layer["o_bias"])
+
+
+def _mlp(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    up = linear(x, layer["up"], layer["up_bias"])
+    return linear(gelu(up), layer["down"], layer["down_bias"])
+
+
+def _norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: Config) -> jax.Array:
+    return layer_norm(x, params[name], params[f"{name}_bias"], config.layer_norm_eps)

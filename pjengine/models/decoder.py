@@ -1,0 +1,162 @@
+"""The pre-norm decoder that Llama introduced and Qwen and Mistral share; a model file picks its options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+
+from pjengine.models.hf_config import HFConfig, allow, required
+from pjengine.models.layers import causal_attention, linear, rms_norm, split_heads, swiglu, unembed
+from pjengine.models.params import ParamSpec
+from pjengine.models.rope import Rope
+from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape and options of a decoder; static under jit.
+
+    Attributes:
+      max_position_embeddings: longest sequence the model was made for, tokens.
+      windows: per layer, how many of the last tokens a query sees, its own included; None: all.
+      qkv_bias, o_bias, mlp_bias: which linear layers add a bias.
+      qk_norm: RMS norm of each query and key head before rotation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position_embeddings: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    rms_norm_eps: float
+    rope: Rope
+    windows: tuple[int | None, ...]
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def read(cls, hf: HFConfig, *, windows: tuple[int | None, ...] | None = None, **options: bool) -> Self:
+        """What all decoders spell alike in config.json; a model adds its windows and options."""
+        allow(hf, "hidden_act", "silu")
+        allow(hf, "quantization_config", None)
+        hidden_size, num_heads = int(required(hf, "hidden_size")), int(required(hf, "num_attention_heads"))
+        num_layers = int(required(hf, "num_hidden_layers"))
+        head_dim = int(hf.get("head_dim") or hidden_size // num_heads)
+        return cls(
+            vocab_size=int(required(hf, "vocab_size")),
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            max_position_embeddings=int(required(hf, "max_position_embeddings")),
+            num_heads=num_heads,
+            num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
+            head_dim=head_dim,
+            mlp_size=int(required(hf, "intermediate_size")),
+            rms_norm_eps=float(required(hf, "rms_norm_eps")),
+            rope=Rope.from_hf(hf, head_dim),
+            windows=windows or (None,) * num_layers,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            **options,
+        )
+
+
+def param_specs(config: DecoderConfig) -> dict[str, Any]:
+    """Weights by name: embed, layers[i], norm and, unless tied to embed, lm_head."""
+    vocab, hidden = config.vocab_size, config.hidden_size
+    specs: dict[str, Any] = {
+        "embed": ParamSpec((vocab, hidden), ("vocab", "embed"), ("model.embed_tokens.weight",)),
+        "layers": [_layer_specs(config, f"model.layers.{i}") for i in range(config.num_layers)],
+        "norm": ParamSpec((hidden,), ("embed",), ("model.norm.weight",), init="ones"),
+    }
+    if not config.tie_word_embeddings:
+        specs["lm_head"] = ParamSpec((hidden, vocab), ("embed", "vocab"), ("lm_head.weight",), transpose=True)
+    return specs
+
+
+def _layer_specs(config: DecoderConfig, prefix: str) -> dict[str, ParamSpec]:
+    hidden, mlp, head_dim = config.hidden_size, config.mlp_size, config.head_dim
+    q_size, qkv_size = config.num_heads * head_dim, (config.num_heads + 2 * config.num_kv_heads) * head_dim
+
+    def norm(size: int, name: str) -> ParamSpec:
+        return ParamSpec((size,), (None,), (f"{prefix}.{name}.weight",), init="ones")
+
+    specs = {
+        "attn_norm": norm(hidden, "input_layernorm"),
+        "mlp_norm": norm(hidden, "post_attention_layernorm"),
+    }
+    if config.qk_norm:
+        specs |= {"q_norm": norm(head_dim, "self_attn.q_norm"), "k_norm": norm(head_dim, "self_attn.k_norm")}
+    for name, (size_in, axis_in), (size_out, axis_out), modules, bias in (
+        ("qkv", (hidden, "embed"), (qkv_size, "qkv"), [f"self_attn.{m}_proj" for m in "qkv"], config.qkv_bias),
+        ("o", (q_size, "heads"), (hidden, "embed"), ["self_attn.o_proj"], config.o_bias),
+        ("gate_up", (hidden, "embed"), (2 * mlp, "gate_up"), ["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias),
+        ("down", (mlp, "mlp"), (hidden, "embed"), ["mlp.down_proj"], config.mlp_bias),
+    ):
+        weights, biases = ([f"{prefix}.{m}.{kind}" for m in modules] for kind in ("weight", "bias"))
+        specs[name] = ParamSpec((size_in, size_out), (axis_in, axis_out), tuple(weights), transpose=True)
+        if bias:
+            specs[f"{name}_bias"] = ParamSpec((size_out,), (axis_out,), tuple(biases), init="zeros")
+    return specs
+
+
+def cache_specs(config: DecoderConfig) -> tuple[CacheSpec, ...]:
+    """What each layer keeps per token."""
+    return tuple(CacheSpec(config.num_kv_heads, config.head_dim, window) for window in config.windows)
+
+
+def forward(
+    params: dict[str, Any], inputs: StepInputs, cache: KVCache | None, config: DecoderConfig
+) -> tuple[jax.Array, KVCache | None]:
+    """Hidden states of a step's tokens, after the final norm: what `logits` reads.
+
+    Args:
+      params: arrays in the tree of `param_specs`; their dtype is the dtype of the computation.
+      inputs: T tokens of R rows.
+      cache: pages to read and write, donated; None: the rows are whole sequences and see only themselves.
+    Returns: [T, hidden_size], and the updated cache.
+    """
+    rotation = config.rope.cos_sin(inputs.positions)
+    x = params["embed"][inputs.token_ids]
+    for index, layer in enumerate(params["layers"]):
+        attended, cache = _attention(
+            layer, _norm(x, layer["attn_norm"], config), rotation, inputs, cache, index, config
+        )
+        x = x + attended
+        x = x + _mlp(layer, _norm(x, layer["mlp_norm"], config))
+    return _norm(x, params["norm"], config), cache
+
+
+def logits(params: dict[str, Any], hidden: jax.Array, config: DecoderConfig) -> jax.Array:
+    """float32 [N, vocab_size] of hidden [N, hidden_size]."""
+    return unembed(hidden, params["embed"].T if config.tie_word_embeddings else params["lm_head"])
+
+
+def _attention(
+    layer: dict[str, jax.Array],
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    inputs: StepInputs,
+    cache: KVCache | None,
+    index: int,
+    config: DecoderConfig,
+) -> tuple[jax.Array, KVCache | None]:
+    q, k, v = split_heads(linear(x, layer["qkv"], layer.get("qkv_bias")), config.num_heads, config.num_kv_heads)
+    if config.qk_norm:
+        q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
+    attended, cache = causal_attention(q, k, v, rotation, inputs, cache, index, config.windows[index])
+    return linear(attended.reshape(x.shape[0], -1), layer["o"], layer.get("o_bias")), cache
+
+
+def _mlp(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return linear(swiglu(linear(x, layer["gate_up"], layer.get("gate_up_bias"))), layer["down"], layer.get("down_bias"))
+
+
+def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
+    return rms_norm(x, weight, config.rms_norm_eps)

@@ -1,0 +1,99 @@
+"""Building blocks of transformer models: pure functions of arrays, float32 wherever a sum or a square is taken."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pjengine.pallas_kernels import apply_rope, packed_attention, paged_attention, rope_write_kv
+from pjengine.step_inputs import KVCache, LayerCache, StepInputs
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., in] times weight [in, out], plus bias [out], in x's dtype; sums are float32."""
+    y = jnp.dot(x, weight, precision=dot_precision(x))
+    return y if bias is None else y + bias
+
+
+def unembed(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """float32 logits [N, vocab] of x [N, hidden] against weight [hidden, vocab]."""
+    return jnp.dot(x, weight, precision=dot_precision(x), preferred_element_type=jnp.float32)
+
+
+def dot_precision(x: jax.Array) -> jax.lax.Precision:
+    """GPUs multiply float32 as TF32 unless told otherwise; narrower types lose nothing by default."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm (arXiv:1910.07467) over the last axis, in float32; x's dtype out."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Layer norm (arXiv:1607.06450) over the last axis, in float32; x's dtype out."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) * up (arXiv:2002.05202) of gate and up side by side: [T, 2 * mlp] to [T, mlp]."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU (arXiv:1606.08415, by erf, not its tanh approximation), in float32; x's dtype out."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def split_heads(qkv: jax.Array, num_heads: int, num_kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fused [T, (heads + 2 * kv_heads) * head_dim] to q [T, heads, head_dim] and k, v [T, kv_heads, head_dim]."""
+    heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
+    q, k, v = jnp.split(heads, (num_heads, num_heads + num_kv_heads), axis=1)
+    return q, k, v
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    inputs: StepInputs,
+    cache: KVCache | None,
+    layer: int,
+    window: int | None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Rotates q and k and attends, over the pages of `layer` or, where `cache` is None, inside the step's own tokens.
+
+    Args:
+      q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim], not yet rotated.
+      rotation: cos and sin, float32 [T, head_dim // 2].
+    Returns: [T, heads, head_dim], and the cache with this step's k and v written; the one passed in is dead (donated).
+    """
+    scale = q.shape[-1] ** -0.5
+    if cache is None:
+        q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
+        starts, backend = inputs.query_starts, inputs.backend
+        return packed_attention(q, k, v, starts, scale=scale, causal=True, window=window, backend=backend), None
+    group, pages = cache.groups[layer], cache.layers[layer]
+    q, k_pages, v_pages = rope_write_kv(
+        q, k, v, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=inputs.backend
+    )
+    attended = paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        inputs.query_starts,
+        inputs.kv_lens,
+        inputs.block_tables[group],
+        scale=scale,
+        decode=inputs.decode,
+        window=window,
+        backend=inputs.backend,
+    )
+    return attended, cache.with_layer(layer, LayerCache(k_pages, v_pages))
