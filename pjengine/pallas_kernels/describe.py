@@ -1,0 +1,48 @@
+"""What the engine prints at start-up: which backend serves which op."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from pjengine.pallas_kernels.backends import Backend, Target, choose, current_target
+from pjengine.pallas_kernels.kv_write import api as kv_write
+from pjengine.pallas_kernels.packed import api as packed
+from pjengine.pallas_kernels.paged import api as paged
+from pjengine.pallas_kernels.specs import AttentionSpec, KVWriteSpec
+
+
+def describe_backends(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    kv_dtype: str | None = None,
+    *,
+    backend: str = "auto",
+    window: int | None = None,
+    target: Target | None = None,
+) -> list[tuple[str, str, str]]:
+    """Which backend serves which op for a model of this shape, without running anything.
+
+    Returns: (op, backend, reasons why the backends before it refuse) per op; backend "none" where all refuse.
+    """
+    kv_dtype = kv_dtype or dtype
+    attention = AttentionSpec(heads, kv_heads, head_dim, dtype, kv_dtype, page_size, window=window)
+    ops: list[tuple[str, Sequence[Backend], Any]] = [
+        ("paged_attention (decode)", paged.BACKENDS, dataclasses.replace(attention, decode=True)),
+        ("paged_attention (mixed)", paged.BACKENDS, attention),
+        (
+            "packed_attention",
+            packed.BACKENDS,
+            AttentionSpec(heads, kv_heads, head_dim, dtype, dtype, causal=False),
+        ),
+        ("rope_write_kv", kv_write.BACKENDS, KVWriteSpec(heads, kv_heads, head_dim, dtype, kv_dtype, page_size)),
+    ]
+    rows = []
+    for op, backends, spec in ops:
+        chosen, refusals = choose(backend, backends, spec, target or current_target())
+        rows.append((op, chosen.name if chosen else "none", "; ".join(f"{n}: {r}" for n, r in refusals)))
+    return rows

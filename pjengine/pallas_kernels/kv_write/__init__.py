@@ -1,0 +1,1 @@
+"""Rotation of queries and keys fused with the in-place write into the paged KV cache."""

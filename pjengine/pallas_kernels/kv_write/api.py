@@ -1,0 +1,61 @@
+"""`rope_write_kv`: the public op, its argument checks and its backends."""
+
+from __future__ import annotations
+
+import jax
+
+from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.specs import KVWriteSpec
+
+BACKENDS = (Backend("reference", accept, "pjengine.pallas_kernels.kv_write.reference", "rope_write_kv"),)
+
+
+def rope_write_kv(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    write_slots: jax.Array,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotates q and k and writes k and v into their pages; in place where k_pages and v_pages are donated.
+
+    Args:
+      q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim], in one dtype.
+      cos, sin: float32 [T, head_dim // 2] as in `apply_rope`, or both None: no rotation.
+      k_pages, v_pages: [pages, kv_heads, page_size, head_dim], of any float dtype or float8_e4m3fn.
+      write_slots: int32 [T]: page * page_size + offset; no two equal; a negative one is not written.
+      k_scale, v_scale: float32 scalar or [kv_heads]: what is stored is k / k_scale and v / v_scale, clipped to the
+        cache dtype's range, as `paged_attention` multiplies them back.
+      backend: as in `paged_attention`.
+    Returns: (q rotated [T, heads, head_dim], k_pages, v_pages).
+    Raises:
+      ValueError: shapes that contradict each other.
+      ConfigError, KernelUnavailable: see backends.select.
+    """
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k, v: shapes {k.shape}, {v.shape} do not fit q {q.shape}")
+    if k_pages.shape != v_pages.shape or k_pages.shape[1] != k.shape[1] or k_pages.shape[3] != k.shape[2]:
+        raise ValueError(f"k_pages, v_pages: {k_pages.shape}, {v_pages.shape} do not fit k {k.shape}")
+    if write_slots.shape != (q.shape[0],):
+        raise ValueError(f"write_slots: expected [{q.shape[0]}], got {write_slots.shape}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or neither")
+    spec = KVWriteSpec(
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        dtype=q.dtype.name,
+        kv_dtype=k_pages.dtype.name,
+        page_size=k_pages.shape[2],
+        rope=cos is not None,
+        kv_scales=k_scale is not None or v_scale is not None,
+    )
+    implementation = select("rope_write_kv", backend, BACKENDS, spec).load()
+    return implementation(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)

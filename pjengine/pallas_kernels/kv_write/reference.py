@@ -1,0 +1,42 @@
+"""jnp reference of `rope_write_kv`, also the CPU path: one scatter per page pool, in place under donation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pjengine.pallas_kernels.rope import apply_rope
+from pjengine.pallas_kernels.specs import KVWriteSpec
+
+
+def rope_write_kv(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    write_slots: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    *,
+    spec: KVWriteSpec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `pjengine.pallas_kernels.rope_write_kv`."""
+    if cos is not None and sin is not None:
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    return q, _write(k_pages, k, write_slots, k_scale), _write(v_pages, v, write_slots, v_scale)
+
+
+def _write(pages: jax.Array, tokens: jax.Array, slots: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """pages with tokens [T, kv_heads, head_dim] at their slots; negative slots dropped."""
+    if scale is not None:
+        tokens = tokens.astype(jnp.float32) / jnp.broadcast_to(scale, tokens.shape[1:2])[:, None]
+    if pages.dtype.itemsize == 1:
+        limit = float(jnp.finfo(pages.dtype).max)  # beyond it a cast to float8 gives NaN
+        tokens = jnp.clip(tokens.astype(jnp.float32), -limit, limit)
+    page_size = pages.shape[2]
+    # A negative index would wrap around; one past the end is dropped.
+    page = jnp.where(slots < 0, pages.shape[0], slots // page_size)
+    return pages.at[page, :, slots % page_size].set(tokens.astype(pages.dtype), mode="drop")

@@ -1,0 +1,1 @@
+"""Attention inside each sequence of a packed batch, without a cache."""

@@ -1,0 +1,54 @@
+"""Static descriptions of an op call: what a backend looks at to accept or refuse it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """The static side of a `paged_attention` or `packed_attention` call; lengths and tables are data.
+
+    Attributes:
+      dtype, kv_dtype: NumPy names of the dtypes of q and of K and V ("bfloat16", "float8_e4m3fn", …).
+      page_size: tokens per page; None: no cache (packed attention).
+      decode: every row has exactly one query.
+      causal: a query sees no later position.
+      window: a query at position p sees (p - window, p]; chunk: only positions of its own chunk of this size;
+        soft_cap: scores become soft_cap * tanh(score / soft_cap). None: off.
+      sinks: per-head logits join the softmax's denominator.
+      kv_scales: K and V are multiplied by dequantisation scales.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    page_size: int | None = None
+    decode: bool = False
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    kv_scales: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class KVWriteSpec:
+    """The static side of a `rope_write_kv` call; fields as in AttentionSpec. rope: q and k are rotated."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    page_size: int = 16
+    rope: bool = True
+    kv_scales: bool = False

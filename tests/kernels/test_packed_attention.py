@@ -1,0 +1,81 @@
+"""`packed_attention`'s reference against a float64 oracle, and its gradient against finite differences."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from pjengine.pallas_kernels import packed_attention
+from tests.kernels.ragged_cases import oracle_attention, relative_error
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "soft_cap"))
+def run(*arrays, **options):
+    return packed_attention(*arrays, **options)
+
+
+def batch(lens, *, heads, kv_heads, head_dim, padding=0, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = sum(lens) + padding
+    q, k, v = (rng.standard_normal((tokens, n, head_dim), np.float32) for n in (heads, kv_heads, kv_heads))
+    return q, k, v, np.cumsum([0, *lens]).astype(np.int32)
+
+
+def oracle(q, k, v, starts, **options):
+    spans = zip(starts[:-1], starts[1:], strict=True)
+    return np.concatenate([oracle_attention(q[a:b], k[a:b], v[a:b], **options) for a, b in spans if b > a])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (6, 2, 64), (7, 1, 16)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "window": 9},
+        {"window": 5},
+        {"soft_cap": 2.0},
+        {"sinks": True},
+    ],
+)
+def test_matches_oracle(heads, kv_heads, head_dim, options):
+    q, k, v, starts = batch([3, 1, 0, 100, 17, 60], heads=heads, kv_heads=kv_heads, head_dim=head_dim, padding=6)
+    options = {"causal": False, **options}
+    if options.pop("sinks", None):
+        options["sinks"] = np.linspace(-3, 3, heads).astype(np.float32)
+    out = run(q, k, v, starts, scale=0.3, **options)
+    assert np.isfinite(out).all()
+    assert relative_error(out[: starts[-1]], oracle(q, k, v, starts, scale=0.3, **options)) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradient(causal):
+    q, k, v, starts = batch([3, 1, 5], heads=2, kv_heads=1, head_dim=4, padding=2)
+    sinks = jnp.array([0.3, -0.2])
+
+    def loss(q, k, v, sinks):
+        return packed_attention(q, k, v, starts, scale=0.5, causal=causal, sinks=sinks)[: starts[-1]].sum()
+
+    check_grads(loss, (q, k, v, sinks), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_padding_that_holds_nan_stays_out():
+    q, k, v, starts = batch([5, 4], heads=2, kv_heads=2, head_dim=8, padding=3)
+    clean = run(q, k, v, starts, scale=0.5)
+    k[9:], v[9:] = np.nan, np.nan
+    np.testing.assert_array_equal(run(q, k, v, starts, scale=0.5)[:9], clean[:9])
+
+
+def test_contradicting_arguments_are_refused():
+    q, k, v, starts = batch([5], heads=2, kv_heads=2, head_dim=8)
+    with pytest.raises(ValueError, match="k: "):
+        packed_attention(q, k[:, :, :4], v[:, :, :4], starts, scale=1.0)
+    with pytest.raises(ValueError, match="q, k, v"):
+        packed_attention(q, k, v[:3], starts, scale=1.0)
+    with pytest.raises(ValueError, match="one dtype"):
+        packed_attention(q, k.astype(np.float16), v.astype(np.float16), starts, scale=1.0)

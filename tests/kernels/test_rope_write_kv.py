@@ -1,0 +1,92 @@
+"""`apply_rope` and `rope_write_kv`'s reference: rotation, slots, quantisation, donation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjengine.pallas_kernels import apply_rope, rope_write_kv
+
+PAGES, KV_HEADS, PAGE, DIM = 5, 2, 4, 8
+
+
+def inputs(tokens=6, heads=6, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.standard_normal((tokens, n, DIM)), dtype) for n in (heads, KV_HEADS, KV_HEADS))
+    angles = rng.uniform(0, 6, (tokens, DIM // 2))
+    return q, k, v, jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def pools(dtype=jnp.float32):
+    return tuple(jnp.full((PAGES, KV_HEADS, PAGE, DIM), x, dtype) for x in (-1, -2))
+
+
+def test_rope_is_a_rotation_of_pairs():
+    q, _, _, cos, sin = inputs()
+    halves = np.asarray(q)[..., : DIM // 2] + 1j * np.asarray(q)[..., DIM // 2 :]
+    turned = halves * (np.asarray(cos) + 1j * np.asarray(sin))[:, None]
+    np.testing.assert_allclose(
+        apply_rope(q, cos, sin), np.concatenate([turned.real, turned.imag], -1), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="cos, sin"):
+        apply_rope(q, cos[:, :2], sin[:, :2])
+
+
+def test_writes_only_the_given_slots():
+    q, k, v, cos, sin = inputs()
+    slots = jnp.array([4, 11, -1, 19, 13, -7], jnp.int32)
+    rotated, k_pages, v_pages = rope_write_kv(q, k, v, cos, sin, *pools(), slots)
+    expected_k, expected_v = (np.array(p) for p in pools())
+    for token, slot in enumerate(np.asarray(slots)):
+        if slot >= 0:
+            expected_k[slot // PAGE, :, slot % PAGE] = apply_rope(k, cos, sin)[token]
+            expected_v[slot // PAGE, :, slot % PAGE] = v[token]
+    np.testing.assert_array_equal(k_pages, expected_k)
+    np.testing.assert_array_equal(v_pages, expected_v)
+    np.testing.assert_array_equal(rotated, apply_rope(q, cos, sin))
+
+
+def test_without_angles_nothing_is_rotated():
+    q, k, v, cos, _ = inputs()
+    slots = jnp.arange(4, 10, dtype=jnp.int32)
+    same, k_pages, _ = rope_write_kv(q, k, v, None, None, *pools(), slots)
+    np.testing.assert_array_equal(same, q)
+    np.testing.assert_array_equal(k_pages[1, :, 0], k[0])
+    with pytest.raises(ValueError, match="both or neither"):
+        rope_write_kv(q, k, v, cos, None, *pools(), slots)
+
+
+@pytest.mark.parametrize("scale", [0.5, np.array([0.5, 0.125], np.float32)])
+def test_fp8_is_scaled_and_clipped(scale):
+    q, k, v, cos, sin = inputs()
+    v = v.at[0, 0, 0].set(1e6).at[0, 0, 1].set(-1e6)
+    slots = jnp.arange(4, 10, dtype=jnp.int32)
+    _, k_pages, v_pages = rope_write_kv(
+        q, k, v, cos, sin, *pools(jnp.float8_e4m3fn), slots, k_scale=jnp.asarray(scale), v_scale=jnp.asarray(scale)
+    )
+    stored = np.asarray(k_pages.astype(jnp.float32))[1, :, 0] * np.broadcast_to(scale, (KV_HEADS,))[:, None]
+    np.testing.assert_allclose(stored, apply_rope(k, cos, sin)[0], rtol=0.07, atol=0.01)
+    assert v_pages[1, 0, 0, 0] == 448
+    assert v_pages[1, 0, 0, 1] == -448
+
+
+def test_donated_pools_are_updated_in_place():
+    q, k, v, cos, sin = inputs()
+    write = jax.jit(rope_write_kv, donate_argnums=(5, 6))
+    args = (q, k, v, cos, sin, *pools(), jnp.arange(4, 10, dtype=jnp.int32))
+    memory = write.lower(*args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * args[5].nbytes
+    assert memory.temp_size_in_bytes < args[5].nbytes + 4096
+
+
+def test_contradicting_arguments_are_refused():
+    q, k, v, cos, sin = inputs()
+    slots = jnp.arange(6, dtype=jnp.int32)
+    with pytest.raises(ValueError, match="write_slots"):
+        rope_write_kv(q, k, v, cos, sin, *pools(), slots[:3])
+    with pytest.raises(ValueError, match="k, v"):
+        rope_write_kv(q, k[:3], v, cos, sin, *pools(), slots)
+    with pytest.raises(ValueError, match="k_pages"):
+        rope_write_kv(q, k, v, cos, sin, *(p[:, :1] for p in pools()), slots)
