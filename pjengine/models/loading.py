@@ -1,0 +1,202 @@
+"""From a model's name to its parameters on the device: `load(name) -> (module, params, config)`."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjengine.errors import ConfigError, ModelError
+from pjengine.models import registry
+from pjengine.models.params import ParamSpec, init_params, is_spec
+from pjengine.models.readers import TensorReader
+from pjengine.models.sources import Source, resolve
+
+DTYPES = ("float32", "bfloat16", "float16")
+READ_THREADS = 8
+_READ_AHEAD = 2 * READ_THREADS  # parameters in host memory at once
+# Tensors a checkpoint may hold though no parameter is made of them: computed tables, and heads that embeddings do not use.
+_HARMLESS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)|(bert\.)?pooler\.dense\.\w+|cls\..*"
+)
+_TIED = "lm_head.weight"
+
+
+def load(name: str, *, dtype: str = "auto", load_format: str = "auto", seed: int = 0) -> tuple[ModuleType, Any, Any]:
+    """A model ready for its pure functions: `module.forward(params, inputs, cache, config)`.
+
+    Args:
+      name: directory, .gguf file, embedded name or hub id, as `sources.resolve` takes it.
+      dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator, float32 on a CPU.
+      load_format: as `sources.resolve` takes it; "dummy" draws random weights on the device.
+      seed: of random weights.
+    Returns: (model module, parameters as in its `param_specs`, its config).
+    Raises:
+      ModelError: the model cannot be found, understood or read.
+      ConfigError: an unknown dtype.
+    """
+    source = resolve(name, load_format)
+    module, config = model_of(source)
+    params = load_source(source, module, config, choose_dtype(source, dtype), seed=seed)
+    return module, params, config
+
+
+def model_of(source: Source) -> tuple[ModuleType, Any]:
+    """The model module and config of a source; ModelError names a field that cannot be honoured."""
+    try:
+        module = registry.get(source.model_type)
+        return module, module.Config.from_hf(source.config)
+    except (TypeError, ValueError) as error:  # ModelError among them
+        raise ModelError(f"{source.path}: config: {error}") from error
+
+
+def choose_dtype(source: Source, dtype: str, platform: str | None = None) -> jnp.dtype:
+    """The dtype of weights and computation.
+
+    Args:
+      dtype: one of DTYPES, or "auto": float32 on a CPU, the checkpoint's own elsewhere.
+      platform: of the device; None: the default device's.
+    """
+    if dtype in DTYPES:
+        return jnp.dtype(dtype)
+    if dtype != "auto":
+        raise ConfigError(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if (platform or jax.default_backend()) == "cpu":
+        return jnp.dtype("float32")
+    return checkpoint_dtype(source)
+
+
+def checkpoint_dtype(source: Source) -> jnp.dtype:
+    """What config.json says its weights were saved in; bfloat16 where it says nothing."""
+    found = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
+    if found not in DTYPES:
+        raise ModelError(
+            f"{source.path}: config: dtype: expected one of {', '.join(DTYPES)}, got {found!r}; set --dtype"
+        )
+    return jnp.dtype(found)
+
+
+def load_source(
+    source: Source, module: ModuleType, config: Any, dtype: Any, *, seed: int = 0, shardings: Any = None
+) -> Any:
+    """A source's weights on the device, read in parallel and one parameter at a time: host memory holds a few tensors, never the model.
+
+    Args:
+      dtype: of every parameter whose spec does not fix its own.
+      seed: of random weights (a "dummy" source).
+      shardings: tree of jax.sharding.Sharding like `param_specs`; None: all on the default device.
+    Returns: the tree of `module.param_specs(config)` with arrays for specs.
+    Raises:
+      ModelError: a tensor is missing, of another shape, unknown, or cannot be read.
+    """
+    specs = module.param_specs(config)
+    if source.kind == "dummy":
+        params = init_params(specs, dtype, seed)
+        return params if shardings is None else jax.device_put(params, shardings)
+    if source.kind == "orbax":
+        from pjengine.models.orbax_files import restore
+
+        return restore(source, specs, dtype, shardings)
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
+    places = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
+    reader = open_tensors(source)
+    plan = _plan(reader, leaves, tied=bool(source.config.get("tie_word_embeddings")))
+    arrays = [
+        _assemble(parts, spec.transpose, jnp.dtype(spec.dtype or dtype), place)
+        for spec, place, parts in zip(leaves, places, _read_ahead(reader, plan), strict=True)
+    ]
+    return treedef.unflatten(arrays)
+
+
+def open_tensors(source: Source) -> TensorReader:
+    """The checkpoint's tensors under their Hugging Face names."""
+    if source.kind == "gguf":
+        from pjengine.models.gguf_files import GGUFTensors
+
+        return GGUFTensors(source.path)
+    from pjengine.models.safetensors_files import SafetensorsFiles
+
+    return SafetensorsFiles(source.path)
+
+
+def _plan(reader: TensorReader, specs: list[ParamSpec], tied: bool) -> list[list[str]]:
+    """The stored tensors of each parameter; ModelError where checkpoint and parameters do not match one to one."""
+    stored = _stored_names(reader.shapes, [name for spec in specs for name in spec.sources])
+    missing = [name for name in stored if stored[name] not in reader.shapes]
+    if missing:
+        raise ModelError(
+            f"{reader.where}: tensors missing: {_some(missing)}; the checkpoint is incomplete, or config.json is another model's"
+        )
+    unknown = sorted(
+        name
+        for name in reader.shapes.keys() - stored.values()
+        if not (_HARMLESS.fullmatch(name) or (tied and name == _TIED))
+    )
+    if unknown:
+        raise ModelError(
+            f"{reader.where}: tensors that this model type has no use for: {_some(unknown)}; config.json may be another model's"
+        )
+    plan = [[stored[name] for name in spec.sources] for spec in specs]
+    for spec, names in zip(specs, plan, strict=True):
+        _check_shape(reader, spec, names)
+    return plan
+
+
+def _stored_names(shapes: Mapping[str, Any], names: list[str]) -> dict[str, str]:
+    """Declared name -> stored name: a base model saved without its head lacks the prefix, one saved with it has it."""
+    for spelling in (
+        {name: name for name in names},
+        {name: name.removeprefix("model.") for name in names},
+        {name: f"bert.{name}" for name in names},
+    ):
+        if shapes.keys() >= set(spelling.values()):
+            return spelling
+    return {name: name for name in names}
+
+
+def _check_shape(reader: TensorReader, spec: ParamSpec, names: list[str]) -> None:
+    expected = spec.shape[::-1] if spec.transpose else spec.shape
+    shapes = [reader.shapes[name] for name in names]
+    rows = sum(shape[0] if shape else 0 for shape in shapes)
+    if any(shape[1:] != expected[1:] for shape in shapes) or rows != expected[0]:
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+        whole = "" if len(names) == 1 else " together"
+        raise ModelError(
+            f"{reader.where}: shapes: config.json asks for {list(expected)}{whole}, found {found}; it may be another model's"
+        )
+
+
+def _read_ahead(reader: TensorReader, plan: list[list[str]]) -> Iterator[list[np.ndarray]]:
+    """Each parameter's tensors in order, read by threads a few parameters ahead."""
+    with concurrent.futures.ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read-weights") as pool:
+        waiting: collections.deque[concurrent.futures.Future[list[np.ndarray]]] = collections.deque()
+        for names in plan:
+            waiting.append(pool.submit(lambda names=names: [reader.read(name) for name in names]))
+            if len(waiting) >= _READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _assemble(parts: list[np.ndarray], transpose: bool, dtype: jnp.dtype, place: Any) -> jax.Array:
+    array = _join([jax.device_put(part) for part in parts], transpose, dtype)
+    return array if place is None else jax.device_put(array, place)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _join(parts: list[jax.Array], transpose: bool, dtype: jnp.dtype) -> jax.Array:
+    whole = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    return (whole.T if transpose else whole).astype(dtype)
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

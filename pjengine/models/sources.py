@@ -1,0 +1,234 @@
+"""One resolver from what a user calls a model to the files that make it: `resolve(name) -> Source`. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pjengine.errors import ModelError
+from pjengine.models.embedded import EMBEDDED_MODELS, fetch
+from pjengine.models.gguf_format import GGUFHeader, read_header
+
+Kind = Literal["safetensors", "gguf", "orbax", "dummy"]
+
+ORBAX_WEIGHTS = "orbax"  # the folder of a converted model that holds its Orbax checkpoint
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_POOLING_MODES = {  # fields of 1_Pooling/config.json that are set to true
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """How a sentence-transformers model makes one vector of a text.
+
+    Attributes:
+      mode: "mean", "cls" or "last".
+      normalize: the vector is scaled to length 1.
+      max_seq_length: longer texts are cut to this many tokens, special ones included; None: the model's own limit.
+    """
+
+    mode: str
+    normalize: bool
+    max_seq_length: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model's files, found and understood; weights are not read yet.
+
+    Attributes:
+      name: as the user gave it.
+      kind: where weights come from; "dummy" draws them at random.
+      path: the directory, or the .gguf file.
+      config: its Hugging Face config.json (made from metadata for GGUF).
+      generation_config: its generation_config.json; empty where there is none.
+      pooling: of a sentence-transformers model, else None.
+      gguf: the header, where `path` is a .gguf file.
+    """
+
+    name: str
+    kind: Kind
+    path: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    pooling: Pooling | None = None
+    gguf: GGUFHeader | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def model_type(self) -> str:
+        return self.config["model_type"]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence: generation_config.json's, else config.json's, else none."""
+        found = self.generation_config.get("eos_token_id")
+        if found is None:
+            found = self.config.get("eos_token_id")
+        return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """SamplingParams fields that the model's authors recommend in generation_config.json."""
+        config = self.generation_config
+        return {field: config[field] for field in _SAMPLING_FIELDS if config.get(field) is not None}
+
+
+def resolve(name: str, load_format: str = "auto") -> Source:
+    """Finds a model's files.
+
+    Args:
+      name: a directory (Hugging Face safetensors, or what `pjengine convert` wrote), a .gguf file, an embedded name, or a hub id.
+      load_format: "auto" looks at the files; "safetensors", "gguf" and "orbax" insist on one; "dummy" needs only a config.
+    Raises:
+      ModelError: nothing of that name, or files that cannot be understood.
+    """
+    name = os.fspath(name)
+    path = _locate(name, dummy=load_format == "dummy")
+    source = _gguf_source(name, path) if path.is_file() else _directory_source(name, path, dummy=load_format == "dummy")
+    if load_format == "dummy":
+        return dataclasses.replace(source, kind="dummy")
+    if load_format not in ("auto", source.kind):
+        raise ModelError(
+            f"load_format: {load_format!r} was asked for, but {path} holds {source.kind}; use --load-format auto"
+        )
+    return source
+
+
+def _locate(name: str, dummy: bool) -> Path:
+    if name in EMBEDDED_MODELS:
+        return fetch(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix != ".gguf":
+            raise ModelError(
+                f"model: {name}: a single file must be a .gguf; for safetensors give the directory it lies in"
+            )
+        return path
+    if _HUB_ID.fullmatch(name):
+        return _hub_snapshot(name, dummy)
+    raise ModelError(
+        f"model: {name!r} is no directory, no .gguf file, no hub id (owner/name) and no embedded name ({', '.join(EMBEDDED_MODELS)})"
+    )
+
+
+def _gguf_source(name: str, path: Path) -> Source:
+    from pjengine.models.gguf_files import config_of, generation_config_of
+
+    header = read_header(path)
+    return Source(name, "gguf", path, config_of(header), generation_config_of(header), gguf=header)
+
+
+def _directory_source(name: str, path: Path, dummy: bool) -> Source:
+    config = _json_object(path / "config.json")
+    if config is None:
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"; give the file itself: {path / ggufs[0]}" if ggufs else ": not a model directory"
+        raise ModelError(f"model: {path} has no config.json{hint}")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(
+            f"{path / 'config.json'}: model_type: expected a string such as 'llama', got {config.get('model_type')!r}"
+        )
+    generation_config = _json_object(path / "generation_config.json") or {}
+    _check_token_ids(path, "config.json", config)
+    _check_token_ids(path, "generation_config.json", generation_config)
+    kind: Kind = "orbax" if (path / ORBAX_WEIGHTS).is_dir() else "safetensors"
+    if kind == "safetensors" and not dummy:
+        from pjengine.models.safetensors_files import weight_files
+
+        if not weight_files(path):
+            raise ModelError(
+                f"model: {path} has no weights (*.safetensors, or {ORBAX_WEIGHTS}/ as `pjengine convert` writes); "
+                "PyTorch .bin files must be converted to safetensors; --load-format dummy runs without weights"
+            )
+    return Source(name, kind, path, config, generation_config, pooling=_pooling(path))
+
+
+def _pooling(path: Path) -> Pooling | None:
+    modules = _json(path / "modules.json", list)
+    if modules is None:
+        return None
+    kinds = {str(m.get("type", "")).rpartition(".")[2]: m.get("path", "") for m in modules if isinstance(m, dict)}
+    unknown = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ModelError(
+            f"{path / 'modules.json'}: module {sorted(unknown)[0]!r} is not supported; only Transformer, Pooling, Normalize are"
+        )
+    if "Pooling" not in kinds:
+        return None
+    file = path / kinds["Pooling"] / "config.json"
+    config = _json_object(file)
+    if config is None:
+        raise ModelError(f"{file}: missing, but modules.json lists a Pooling module; fetch the model again")
+    modes = [field for field, value in config.items() if field.startswith("pooling_mode_") and value]
+    if len(modes) != 1 or modes[0] not in _POOLING_MODES:
+        raise ModelError(
+            f"{file}: expected exactly one of {', '.join(_POOLING_MODES)} to be set, got {modes or 'none'}"
+        )
+    limits = _json_object(path / kinds.get("Transformer", "") / "sentence_bert_config.json") or {}
+    return Pooling(
+        _POOLING_MODES[modes[0]], normalize="Normalize" in kinds, max_seq_length=limits.get("max_seq_length")
+    )
+
+
+def _check_token_ids(path: Path, file: str, config: Mapping[str, Any]) -> None:
+    found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"{path / file}: eos_token_id: expected a token id or a list of them, got {found!r}")
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    return _json(path, dict)
+
+
+def _json(path: Path, kind: type) -> Any:
+    """Parsed file of the given JSON type; None where there is no such file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+    if not isinstance(value, kind):
+        raise ModelError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}")
+    return value
+
+
+def _hub_snapshot(repo: str, dummy: bool) -> Path:
+    """Local copy of a hub repository's model files (its cache serves repeated calls, also offline)."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [p for p in _HUB_FILES if not (dummy and p.endswith(".safetensors"))]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=constants.HF_HUB_OFFLINE))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model: {repo} is gated: accept its terms on the hub and log in (`hf auth login` or HF_TOKEN)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"model: the hub has no {repo}, or it is private: check the spelling, or log in (HF_TOKEN)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = (
+            "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({_first_line(error)})"
+        )
+        raise ModelError(
+            f"model: {repo} is not in the local hub cache and {why}; download it where there is a network and give the directory, "
+            f"or use an embedded model: {', '.join(EMBEDDED_MODELS)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
