@@ -66,7 +66,9 @@ class EngineConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")
-        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+        _require(
+            0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]"
+        )
         _require(self.cpu_kv_bytes > 0, "cpu_kv_bytes", self.cpu_kv_bytes, "above 0")
 
     @classmethod

@@ -131,4 +131,6 @@ def _integer(params: SamplingParams, name: str, low: int, high: int | None, opti
 def _number(params: SamplingParams, name: str, low: float, high: float, low_open: bool = False) -> None:
     value = getattr(params, name)
     ok = _is_number(value) and low <= value <= high and not (low_open and value == low)
-    _require(ok, name, value, f"a number {'above' if low_open else 'from'} {low:g} {'up ' if low_open else ''}to {high:g}")
+    _require(
+        ok, name, value, f"a number {'above' if low_open else 'from'} {low:g} {'up ' if low_open else ''}to {high:g}"
+    )

@@ -1,0 +1,267 @@
+"""Engine: schedule, run, update. Token ids in, token ids out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import time
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import numpy as np
+
+from pjengine.errors import EngineOverloaded, InvalidRequest
+from pjengine.kv_cache import PageCopy
+from pjengine.metrics import Stats
+from pjengine.request import Output, Request, Timings, TokenLogprobs
+from pjengine.sampling_params import SamplingParams
+from pjengine.scheduler import Batch, Row, Scheduler
+from pjengine.sequence import Sequence, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineInfo:
+    """What callers need to know of an engine.
+
+    Attributes:
+      kind: "generate" or "embed".
+      embedding_size: elements of an embedding; 0 for "generate".
+      backends: (op, backend, why) as printed at start-up.
+    """
+
+    model: str
+    kind: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    embedding_size: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    page_size: int = 0
+    backends: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """A step's samples on the host. Logprob entries are None where no row asked."""
+
+    tokens: np.ndarray  # int32 [rows]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: dict[int, list[TokenLogprobs]]  # row -> of the tokens after each of the row's positions
+
+
+class Step(Protocol):
+    """A step on its way; `read` waits for the device."""
+
+    def read(self) -> StepResult: ...
+
+
+class Runner(Protocol):
+    """Runs planned steps in the order they come. `dispatch` does not wait for the device."""
+
+    def dispatch(self, batch: Batch, copies: SequenceOf[PageCopy]) -> Step: ...
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread calls it.
+
+    The device never waits for the host: while a step runs, the next one is scheduled and dispatched; its unknown input tokens are
+    read from a device table. So the host learns a step's tokens one call of `step` late, and what was computed past a stop is dropped.
+    """
+
+    def __init__(self, info: EngineInfo, scheduler: Scheduler, runner: Runner, max_waiting: int = 16384, seed: int = 0):
+        self.info = info
+        self.scheduler = scheduler
+        self.runner = runner
+        self.max_waiting = max_waiting
+        self._eos = frozenset(info.eos_token_ids)
+        self._requests: dict[str, dict[int, Sequence]] = {}
+        self._arrivals = itertools.count()
+        self._seeds = random.Random(seed)
+        self._in_flight: tuple[Batch, Step] | None = None
+        self._generated = 0
+        self._steps = 0
+        self._step_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._in_flight is not None
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+          InvalidRequest: it cannot run on this model; no other request is affected.
+          EngineOverloaded: `max_waiting` sequences wait already.
+        """
+        params = self._check(request)
+        prompt = request.prompt_token_ids
+        if self.scheduler.num_waiting + params.n > self.max_waiting + self.scheduler.max_num_seqs:
+            raise EngineOverloaded(
+                f"{self.scheduler.num_waiting} sequences are waiting (max_waiting is {self.max_waiting}); retry later"
+            )
+        max_tokens = params.max_tokens or self.info.max_model_len - len(prompt)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        arrival = next(self._arrivals)
+        parent = None
+        sequences = {}
+        for index in range(params.n):
+            sequences[index] = seq = Sequence(
+                request=request,
+                params=params,
+                index=index,
+                order=(request.priority, arrival, index),
+                max_total=len(prompt) + max_tokens,
+                seed=(seed + index) % 2**64,
+                arrival=request.arrival_time if request.arrival_time is not None else time.monotonic(),
+                parent=parent,
+            )
+            parent = parent or seq
+            self.scheduler.add(seq)
+        self._requests[request.request_id] = sequences
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its sequences, and frees its pages. Unknown ids are ignored: it may just have finished."""
+        sequences = self._requests.get(request_id, {})
+        for i in [index] if index is not None else list(sequences):
+            if i in sequences:
+                self._finish(sequences[i])
+
+    def step(self) -> list[Output]:
+        """One round; returns what the sequences gained by the step before."""
+        batch = self.scheduler.schedule()
+        started = None
+        if batch is not None:
+            started = batch, self.runner.dispatch(batch, self.scheduler.cache.take_copies())
+            self._steps += 1
+            self._step_tokens += batch.num_tokens
+        finished, self._in_flight = self._in_flight, started
+        return self._update(*finished) if finished else []
+
+    def stats(self) -> Stats:
+        scheduler, pools = self.scheduler, self.scheduler.cache.pools
+        used, total = sum(p.num_used for p in pools), sum(p.num_pages - 1 for p in pools)
+        return Stats(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            kv_usage=used / total if total else 0.0,
+            used_pages=used,
+            total_pages=total,
+            cached_pages=sum(p.num_cached for p in pools),
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            generation_tokens=self._generated,
+            steps=self._steps,
+            step_tokens=self._step_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if a page or slot leaked, is shared wrongly or is lost."""
+        self.scheduler.check_integrity()
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _check(self, request: Request) -> SamplingParams:
+        info, params, prompt = self.info, request.params, request.prompt_token_ids
+        if params is None:
+            raise InvalidRequest(
+                f"model: {info.model} generates text and does not embed; use a model of kind embed", field="model"
+            )
+        if request.request_id in self._requests:
+            raise InvalidRequest(f"request_id: {request.request_id!r} is in use by an open request", field="request_id")
+        if not prompt:
+            raise InvalidRequest("prompt: needs at least one token", field="prompt")
+        out_of_range = next((t for t in prompt if not 0 <= t < info.vocab_size), None)
+        if out_of_range is not None:
+            raise InvalidRequest(
+                f"prompt: token id {out_of_range} is outside the vocabulary of {info.vocab_size}", field="prompt"
+            )
+        if len(prompt) >= info.max_model_len:
+            raise InvalidRequest(
+                f"prompt: {len(prompt)} tokens leave no room to generate in the window of {info.max_model_len} tokens; shorten it",
+                field="prompt",
+                code="context_length_exceeded",
+            )
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > info.max_model_len:
+            raise InvalidRequest(
+                f"max_tokens: {params.max_tokens} after a prompt of {len(prompt)} tokens exceeds the window of {info.max_model_len} "
+                f"tokens; ask for at most {info.max_model_len - len(prompt)}",
+                field="max_tokens",
+                code="context_length_exceeded",
+            )
+        listed = {
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "stop_token_ids": params.stop_token_ids,
+            "bad_words": itertools.chain(*params.bad_words_token_ids),
+        }
+        for field, tokens in listed.items():
+            for token in tokens:
+                if token >= info.vocab_size:
+                    raise InvalidRequest(
+                        f"{field}: token id {token} is outside the vocabulary of {info.vocab_size}", field=field
+                    )
+        return params
+
+    def _finish(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq)
+        sequences = self._requests[seq.request.request_id]
+        del sequences[seq.index]
+        if not sequences:
+            del self._requests[seq.request.request_id]
+
+    def _update(self, batch: Batch, step: Step) -> list[Output]:
+        result = step.read()
+        tokens = result.tokens.tolist()
+        outputs = []
+        for r, row in enumerate(batch.rows):
+            seq = row.seq
+            if r in result.prompt_logprobs:
+                _collect_prompt_logprobs(seq, row, result.prompt_logprobs[r])
+            if not row.samples:
+                continue
+            seq.pending -= 1
+            if seq.status is Status.FINISHED:
+                continue  # aborted, or past its stop
+            logprobs = result.logprobs[r] if result.logprobs else None
+            outputs.append(self._append(seq, tokens[r], logprobs))
+        return outputs
+
+    def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
+        seq.tokens.append(token)
+        self._generated += 1
+        output = Output(request_id=seq.request.request_id, index=seq.index, token_ids=[token])
+        if logprobs is not None and seq.params.logprobs is not None:
+            output.logprobs = [TokenLogprobs(logprobs.token, logprobs.rank, logprobs.top[: seq.params.logprobs])]
+        if seq.first_token is None:
+            seq.first_token = seq.seconds()
+            output.cached_tokens = seq.cached_tokens
+            output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        output.finish_reason, output.stop_reason = self._stop(seq, token)
+        if output.finish_reason is not None:
+            queued = seq.first_scheduled - seq.arrival if seq.first_scheduled is not None else 0.0
+            output.timings = Timings(queued=queued, first_token=seq.first_token, finished=seq.seconds())
+            self._finish(seq)
+        return output
+
+    def _stop(self, seq: Sequence, token: int) -> tuple[str | None, int | None]:
+        params = seq.params
+        if seq.num_output >= params.min_tokens:
+            if token in params.stop_token_ids:
+                return "stop", token
+            if token in self._eos and not params.ignore_eos:
+                return "stop", None
+        return ("length", None) if len(seq.tokens) >= seq.max_total else (None, None)
+
+
+def _collect_prompt_logprobs(seq: Sequence, row: Row, found: list[TokenLogprobs]) -> None:
+    """Position p predicts token p + 1. A recomputed position says the same again."""
+    if seq.prompt_logprobs is None:
+        seq.prompt_logprobs = [None] * seq.prompt_len
+    k = seq.params.prompt_logprobs
+    for position, logprobs in enumerate(found, row.start + 1):
+        if position < seq.prompt_len:
+            seq.prompt_logprobs[position] = TokenLogprobs(logprobs.token, logprobs.rank, logprobs.top[:k])

@@ -1,0 +1,95 @@
+"""A device in numpy whose KV cache holds the tokens themselves: the next token is a hash of what a row's pages show.
+
+Any page leaked into another sequence, lost, written too late or shared wrongly changes the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from pjengine.batch import BlockTables, Bucket, SamplerKey, fill_forward, fill_sampler, forward_layout, sampler_layout
+from pjengine.engine import Engine, EngineInfo, StepResult
+from pjengine.kv_cache import CacheGroup, KVCacheManager, PageCopy
+from pjengine.sampler import Variant
+from pjengine.scheduler import Batch, Scheduler
+
+VOCAB = 50
+EOS = 0
+
+
+def next_token(visible: SequenceOf[SequenceOf[int]], position: int, seed: int | None) -> int:
+    """What the simulated model says after these visible tokens (one list per cache group)."""
+    text = repr(([list(map(int, v)) for v in visible], position, seed)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % VOCAB
+
+
+def alone(prompt: list[int], max_tokens: int, windows: SequenceOf[int | None], seed: int | None = None) -> list[int]:
+    """The output of a sequence that has the device to itself."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        last = len(tokens) - 1
+        visible = [tokens if w is None else tokens[max(0, last - w + 1) :] for w in windows]
+        tokens.append(next_token(visible, len(tokens), seed))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclasses.dataclass
+class Done:
+    tokens: np.ndarray
+
+    def read(self) -> StepResult:
+        return StepResult(self.tokens, None, {})
+
+
+class SimulatedRunner:
+    def __init__(self, cache: KVCacheManager, slots: int):
+        self.groups, self.page_size = cache.groups, cache.page_size
+        self.pages = [np.full((g.num_pages, cache.page_size), -7) for g in cache.groups]
+        self.max_pages = max(g.num_pages for g in cache.groups) * 4
+        self.tables = BlockTables(len(cache.groups), slots, self.max_pages, cache.page_size)
+        self.newest = np.full(slots + 1, -1)
+
+    def dispatch(self, batch: Batch, copies: SequenceOf[PageCopy]) -> Done:
+        for copy in copies:
+            self.pages[copy.group][copy.target] = self.pages[copy.group][copy.source]
+        rows = len(batch.rows)
+        bucket = Bucket(rows if batch.decode else batch.num_tokens + 3, rows + (0 if batch.decode else 2), batch.decode)
+        layout = forward_layout(bucket, len(self.groups), self.max_pages)
+        v = layout.views(fill_forward(batch, bucket, layout, self.tables))
+        key = SamplerKey(bucket.rows, Variant.SAMPLE)
+        s = sampler_layout(key).views(fill_sampler(batch, key, sampler_layout(key), len(self.newest) - 1, frozenset()))
+        for r, slot in enumerate(v["pending_slots"]):
+            if slot >= 0:
+                v["token_ids"][v["query_starts"][r + 1] - 1] = self.newest[slot]
+        for g, pages in enumerate(self.pages):
+            for token, slot in zip(v["token_ids"], v[f"write_slots_{g}"], strict=True):
+                if slot >= 0:
+                    pages[slot // self.page_size, slot % self.page_size] = token
+        sampled = np.zeros(bucket.rows, np.int32)
+        for r in range(rows):
+            length = v["kv_lens"][r]
+            visible = []
+            for g, group in enumerate(self.groups):
+                first = 0 if group.window is None else max(0, length - group.window)
+                table = v[f"block_tables_{g}"][r]
+                visible.append(
+                    [self.pages[g][table[p // self.page_size], p % self.page_size] for p in range(first, length)]
+                )
+            seed = int(s["seeds"][r, 0]) | int(s["seeds"][r, 1]) << 32 if s["temperature"][r] else None
+            sampled[r] = next_token(visible, int(length), seed)
+            self.newest[s["slots"][r]] = sampled[r]
+        return Done(sampled)
+
+
+def make_engine(
+    windows: SequenceOf[int | None], pages: int, page_size: int, slots: int, budget: int, prefix_caching: bool = True
+) -> Engine:
+    cache = KVCacheManager([CacheGroup(pages, w) for w in windows], page_size, prefix_caching)
+    info = EngineInfo("simulated", "generate", VOCAB, cache.capacity(budget), eos_token_ids=(EOS,))
+    return Engine(info, Scheduler(cache, slots, budget), SimulatedRunner(cache, slots))
