@@ -236,14 +236,16 @@ class Engine:
         output = Output(request_id=seq.request.request_id, index=seq.index, token_ids=[token])
         if logprobs is not None and seq.params.logprobs is not None:
             output.logprobs = [TokenLogprobs(logprobs.token, logprobs.rank, logprobs.top[: seq.params.logprobs])]
+        first = seq.first_token is None
         if seq.first_token is None:
             seq.first_token = seq.seconds()
             output.cached_tokens = seq.cached_tokens
             output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         output.finish_reason, output.stop_reason = self._stop(seq, token)
-        if output.finish_reason is not None:
+        if first or output.finish_reason is not None:
             queued = seq.first_scheduled - seq.arrival if seq.first_scheduled is not None else 0.0
             output.timings = Timings(queued=queued, first_token=seq.first_token, finished=seq.seconds())
+        if output.finish_reason is not None:
             self._finish(seq)
         return output
 

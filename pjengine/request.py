@@ -63,7 +63,7 @@ class Output(msgspec.Struct, kw_only=True):
       stop_reason: the stop token id that ended it, if it is one of `stop_token_ids`.
       error: a message for the user where `finish_reason` is "error".
       cached_tokens: prompt tokens found in the prefix cache.
-      timings: with the last output of a sequence.
+      timings: with the first output of a sequence (`finished`: so far), for one that its user ends, and with the last.
     """
 
     request_id: str
