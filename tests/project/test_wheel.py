@@ -16,14 +16,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    # A copy, because setuptools writes build/ and *.egg-info beside the sources; links copied as links, as git would.
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, because setuptools writes beside the sources; links copied as links, as git would."""
     source = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("pjengine", "tests", "scripts"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     for name in ("models", "pallas_kernels", "serving", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -32,11 +37,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def test_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile, source: Path) -> None:
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "pjengine").rglob("*.py")}
-    tables = {str(p.relative_to(ROOT)) for p in (ROOT / "pjengine" / "pallas_kernels").rglob("*.json")}
-    assert held == sources | tables | {"pjengine/py.typed"}
+    modules = {str(p.relative_to(source)) for p in (source / "pjengine").rglob("*.py")}
+    tables = {str(p.relative_to(source)) for p in (source / "pjengine" / "pallas_kernels").rglob("*.json")}
+    assert "pjengine/serving/cli.py" in modules
+    assert held == modules | tables | {"pjengine/py.typed"}
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:
