@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Writes tests/golden: small random checkpoints and what transformers computes from them, in float32 on the CPU.
+
+    pip install 'pjengine[golden]'
+    scripts/make_golden.py tests/golden
+    scripts/make_golden.py tests/golden --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --minilm all-minilm-l6-v2/
+
+Each folder tests/golden/NAME holds a golden.safetensors; those of the random models also a checkpoint (config.json and
+model.safetensors, bfloat16). Only outputs are kept of the two real models. Nothing here imports pjengine.
+
+golden.safetensors of
+- a random decoder: `tokens` int32 [T] of ragged sequences with borders `starts` int32 [R + 1]; `logits` [T, vocab];
+- the random BERT: `tokens`, `starts`, `token_types` int32 [T]; `hidden` [T, hidden_size];
+- SmolLM2: `tokens`, `starts` of 8 chat prompts, each with its greedy continuation of 64 tokens, end-of-text ignored;
+  `prompt_lens` [8]. Of the logits [8, 64, vocab] that chose the continuations, too big to keep whole: a fixed random
+  subset of the vocabulary, `columns` [512] and `logits` [8, 64, 512]; `logsumexp` [8, 64]; the highest two, `top_ids`
+  and `top_logits` [8, 64, 2]. The metadata's `messages` holds the chats as JSON;
+- MiniLM: `embeddings` [32, 384] by sentence-transformers and `tokens`, `starts` as it cut them; the metadata's `texts`
+  holds the texts as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+TIED_LLAMA: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "num_key_value_heads": 1,
+}
+QWEN2_WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+
+# Grouped, multi-query and multi-head attention; scaled rotary; windows on all layers and on some: each in one of them.
+RANDOM_MODELS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
+    "llama-tied": LlamaConfig(**SHAPE, **TIED_LLAMA, rope_parameters=LINEAR_ROPE),
+    "qwen2": Qwen2Config(**SHAPE, **QWEN2_WINDOWS, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=4, head_dim=32),
+    "mistral": MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8),
+    "bert": BertConfig(**SHAPE),
+}
+LENGTHS = (1, 7, 40, 19, 64)
+
+CHATS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain how a bicycle stays upright.",
+    "List the planets of the solar system, the largest first.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain it.",
+    "Translate to Spanish: Where is the nearest train station?",
+    "Tell me a story about a dragon who is afraid of fire.",
+    "Why is the sky blue? Answer for a child, then for a physicist.",
+)
+CONTINUATION = 64
+COLUMNS = 512
+
+TEXTS = (
+    "",
+    " ",
+    ".",
+    "a",
+    "cat",
+    "The cat sits on the mat.",
+    "A feline rests on a rug.",
+    "Stock markets fell sharply on Monday.",
+    "How do I reset my password?",
+    "To reset your password, open Settings and choose Security.",
+    "Ｆｕｌｌｗｉｄｔｈ ｌｅｔｔｅｒｓ",
+    "naïve café, façade, Ångström, coöperate",
+    "Größe, Straße, Übermut",
+    "Привет, мир! Как дела?",
+    "こんにちは世界、元気ですか。",
+    "你好，世界。今天天气很好。",
+    "مرحبا بالعالم",
+    "שלום עולם",
+    "नमस्ते दुनिया",
+    "안녕하세요 세계",
+    "🙂🚀🔥 emoji 👩‍👩‍👧‍👦 family",
+    "e\u0301 against \u00e9: combining marks",
+    "line one\nline two\ttabbed\r\nline three",
+    "def add(a, b):\n    return a + b",
+    "SELECT name FROM users WHERE id = 42;",
+    "https://example.org/path?query=1&other=two#fragment",
+    "3.14159 26535 89793 23846 26433",
+    "UPPER lower MiXeD CASE",
+    "unbelievableantidisestablishmentarianismwordwithoutspaces" * 3,
+    "zero\u200bwidth\u200bspace and a\u00a0no-break space",
+    "A paragraph that is longer than the window of the model, so that its end is cut off. " * 40,
+    "".join(f"{i} bottles of beer on the wall, " for i in range(99, 0, -1)),
+)
+
+
+def write_random_model(config: PreTrainedConfig, folder: Path) -> None:
+    """One checkpoint with weights that make every part of the model matter, and its float32 outputs."""
+    config.dtype = "bfloat16"
+    config.pad_token_id = None if config.model_type != "bert" else 0
+    architecture = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
+    model = architecture.from_config(config)
+    randomise(model)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+    # Read back: the cast above also rounded the rotary frequencies.
+    model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = [torch.randint(config.vocab_size, (length,)) for length in LENGTHS]
+    golden = {"tokens": torch.cat(tokens).int(), "starts": borders(tokens)}
+    if config.model_type == "bert":
+        types = [torch.arange(length) * 2 // length for length in LENGTHS]
+        outputs = [
+            model(t[None], token_type_ids=s[None]).last_hidden_state[0] for t, s in zip(tokens, types, strict=True)
+        ]
+        golden |= {"token_types": torch.cat(types).int(), "hidden": torch.cat(outputs)}
+    else:
+        golden |= {"logits": torch.cat([model(t[None]).logits[0] for t in tokens])}
+    save_file(golden, folder / "golden.safetensors")
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Matrices that keep a vector's length, norms about 1, biases about 0."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            std = 1.0 if "embed" in name else 1 / math.sqrt(weight.shape[1])
+            weight.data.normal_(0, std)
+        elif name.endswith("bias"):
+            weight.data.normal_(0, 0.2)
+        else:
+            weight.data.normal_(1, 0.2)
+
+
+def write_smollm2(gguf: Path, folder: Path) -> None:
+    """Greedy continuations of CHATS and the logits that chose them."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    messages = [[{"role": "user", "content": text}] for text in CHATS]
+    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
+    sequences, chosen = [], []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        for _ in range(CONTINUATION):  # the whole sequence each time: no cache whose order of sums would differ
+            tokens = torch.cat([tokens, model(tokens, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        sequences.append(tokens[0])
+        chosen.append(model(tokens).logits[0, len(prompt) - 1 : -1])
+    logits = torch.stack(chosen)
+    columns = torch.randperm(logits.shape[-1])[:COLUMNS].sort().values
+    top = logits.topk(2)
+    golden = {
+        "tokens": torch.cat(sequences).int(),
+        "starts": borders(sequences),
+        "prompt_lens": torch.tensor([len(p) for p in prompts]).int(),
+        "columns": columns.int(),
+        "logits": logits[:, :, columns].contiguous(),
+        "logsumexp": logits.logsumexp(-1),
+        "top_ids": top.indices.int(),
+        "top_logits": top.values,
+    }
+    save_file(golden, folder / "golden.safetensors", metadata={"messages": json.dumps(messages)})
+
+
+def write_minilm(source: Path, folder: Path) -> None:
+    """Embeddings of TEXTS as sentence-transformers makes them: cut at its max_seq_length, mean pooling, unit length."""
+    model = SentenceTransformer(str(source), device="cpu")
+    embeddings = [model.encode(text, convert_to_tensor=True) for text in TEXTS]
+    tokens = [model.preprocess([text])["input_ids"][0] for text in TEXTS]
+    golden = {"embeddings": torch.stack(embeddings), "tokens": torch.cat(tokens).int(), "starts": borders(tokens)}
+    save_file(golden, folder / "golden.safetensors", metadata={"texts": json.dumps(TEXTS)})
+
+
+def borders(sequences: list[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0).int()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder to write, tests/golden")
+    parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf; left alone without it")
+    parser.add_argument("--minilm", type=Path, help="the folder of all-MiniLM-L6-v2; left alone without it")
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+
+    writers = {name: functools.partial(write_random_model, config) for name, config in RANDOM_MODELS.items()}
+    if arguments.smollm2:
+        writers["smollm2-135m-instruct"] = functools.partial(write_smollm2, arguments.smollm2)
+    if arguments.minilm:
+        writers["all-minilm-l6-v2"] = functools.partial(write_minilm, arguments.minilm)
+    for name, write in writers.items():
+        torch.manual_seed(0)
+        folder = arguments.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"{folder}: {size / 1e6:.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
