@@ -1,0 +1,185 @@
+"""Tokenizer: between text and token ids, on the Rust `tokenizers` library; importing transformers would cost every start seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from pjengine.chat_template import ChatTemplate, Message
+from pjengine.errors import InvalidRequest, ModelError
+from pjengine.models.gguf_tokenizer import set_template, tokenizer_config_of, tokenizer_of
+from pjengine.models.sources import Source
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def load_tokenizer(source: Source) -> Tokenizer | None:
+    """The tokenizer of a model; None where a directory brings none (then only token ids can be used)."""
+    if source.gguf is None and not (source.path / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_source(source)
+
+
+class Tokenizer:
+    """Text to token ids and back, and the model's chat template. Thread-safe.
+
+    Args:
+      backend: the vocabulary and its rules.
+      config: tokenizer_config.json: special tokens, chat template.
+
+    Attributes:
+      backend: for libraries that take a `tokenizers.Tokenizer`; not to be changed.
+      bos_token_id, eos_token_id, pad_token_id: None where the model has none.
+      special_ids: the tokens that `skip_special_tokens` leaves out.
+      chat_template: None where the model has none.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]):
+        self.backend = backend
+        special = {name: _text_of(config[name]) for name in _SPECIAL_TOKENS if config.get(name)}
+        self.bos_token_id = self._id_of(special.get("bos_token"))
+        self.eos_token_id = self._id_of(special.get("eos_token"))
+        self.pad_token_id = self._id_of(special.get("pad_token"))
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        templates = _templates(config.get("chat_template"))
+        self.chat_template = ChatTemplate(templates, special) if templates else None
+
+    @classmethod
+    def from_source(cls, source: Source) -> Tokenizer:
+        """The model's tokenizer; ModelError where it has none or it cannot be read."""
+        if source.gguf is not None:
+            return cls(tokenizer_of(source.gguf), tokenizer_config_of(source.gguf))
+        return cls.from_directory(source.path)
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face directory: its tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(
+                f"{path}: no tokenizer.json; make one: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{file}: not a tokenizer that can be read ({error}); fetch it again") from error
+        # The file may keep the padding and cutting its author last used.
+        backend.no_padding()
+        backend.no_truncation()
+        config = _json(path / "special_tokens_map.json") | _json(path / "tokenizer_config.json")
+        template = path / "chat_template.jinja"
+        if template.is_file():
+            config["chat_template"] = template.read_text("utf-8")
+        if "add_bos_token" in config or "add_eos_token" in config:
+            _honour_bos_and_eos(backend, config)
+        return cls(backend, config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added ones included; a model's own vocab_size may be padded to more."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised.
+
+        Args:
+          add_special_tokens: put what the model wants around a text (bos, [CLS] … [SEP], …).
+        Raises:
+          InvalidRequest: the text is no valid Unicode (a lone surrogate).
+        """
+        _check_unicode([text])
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """As `encode` for each text, in parallel."""
+        _check_unicode(texts)
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD. InvalidRequest for an id that cannot be one."""
+        try:
+            return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError) as error:
+            raise InvalidRequest(
+                f"tokens: expected token ids from 0 to {self.vocab_size - 1} ({error})", field="tokens"
+            ) from error
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation (see ChatTemplate.render); encode it with add_special_tokens=False.
+
+        Raises:
+          InvalidRequest: the model has no chat template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise InvalidRequest(
+                "messages: this model has no chat template; send a prompt as plain text", field="messages"
+            )
+        return self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"prompt: not valid Unicode: character {error.start} is the lone surrogate {text[error.start]!a}",
+                field="prompt",
+                code="invalid_unicode",
+            ) from error
+
+
+def _honour_bos_and_eos(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """What tokenizer_config.json says of bos and eos overrides tokenizer.json, as in transformers."""
+    wanted = {name: _text_of(config.get(f"{name}_token")) for name in ("bos", "eos") if config.get(f"add_{name}_token")}
+    for name, token in wanted.items():
+        if token is None or backend.token_to_id(token) is None:
+            raise ModelError(
+                f"tokenizer_config.json: add_{name}_token is set, but {name}_token is {token!r}, which is no token"
+            )
+    set_template(backend, wanted.get("bos"), wanted.get("eos"))
+
+
+def _text_of(token: Any) -> str | None:
+    """Special tokens are written as strings or as {"content": …}."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _templates(found: Any) -> dict[str, str]:
+    if found is None:
+        return {}
+    if isinstance(found, str):
+        return {"default": found}
+    try:
+        return {entry["name"]: entry["template"] for entry in found}
+    except (TypeError, KeyError) as error:
+        raise ModelError(
+            f"tokenizer_config.json: chat_template: expected text or a list of named ones, got {found!r:.80}"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
