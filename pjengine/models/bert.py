@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import jax
 
-from pjengine.models.hf_config import HFConfig, allow, required
+from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import gelu, layer_norm, linear, split_heads
 from pjengine.models.params import ParamSpec
 from pjengine.pallas_kernels import packed_attention
@@ -39,6 +39,7 @@ class Config:
         allow(hf, "position_embedding_type", None, "absolute")
         allow(hf, "is_decoder", False)
         allow(hf, "quantization_config", None)
+        head_dim(hf)  # refuses heads that do not divide hidden_size
         return cls(
             vocab_size=int(required(hf, "vocab_size")),
             hidden_size=int(required(hf, "hidden_size")),

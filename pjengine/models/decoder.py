@@ -7,7 +7,8 @@ from typing import Any, Self
 
 import jax
 
-from pjengine.models.hf_config import HFConfig, allow, required
+from pjengine.errors import ModelError
+from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import causal_attention, linear, rms_norm, split_heads, swiglu, unembed
 from pjengine.models.params import ParamSpec
 from pjengine.models.rope import Rope
@@ -47,20 +48,22 @@ class DecoderConfig:
         """What all decoders spell alike in config.json; a model adds its windows and options."""
         allow(hf, "hidden_act", "silu")
         allow(hf, "quantization_config", None)
-        hidden_size, num_heads = int(required(hf, "hidden_size")), int(required(hf, "num_attention_heads"))
-        num_layers = int(required(hf, "num_hidden_layers"))
-        head_dim = int(hf.get("head_dim") or hidden_size // num_heads)
+        num_layers, size = int(required(hf, "num_hidden_layers")), head_dim(hf)
+        num_heads = int(required(hf, "num_attention_heads"))
+        num_kv_heads = int(hf.get("num_key_value_heads") or num_heads)
+        if num_heads % num_kv_heads:
+            raise ModelError(f"num_key_value_heads: {num_kv_heads} does not divide num_attention_heads {num_heads}")
         return cls(
             vocab_size=int(required(hf, "vocab_size")),
-            hidden_size=hidden_size,
+            hidden_size=int(required(hf, "hidden_size")),
             num_layers=num_layers,
             max_position_embeddings=int(required(hf, "max_position_embeddings")),
             num_heads=num_heads,
-            num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
-            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            head_dim=size,
             mlp_size=int(required(hf, "intermediate_size")),
             rms_norm_eps=float(required(hf, "rms_norm_eps")),
-            rope=Rope.from_hf(hf, head_dim),
+            rope=Rope.from_hf(hf, size),
             windows=windows or (None,) * num_layers,
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             **options,

@@ -26,6 +26,16 @@ def allow(hf: HFConfig, field: str, *allowed: Any) -> None:
         )
 
 
+def head_dim(hf: HFConfig) -> int:
+    """Elements per attention head: `head_dim` where given, else hidden_size / num_attention_heads."""
+    if hf.get("head_dim"):
+        return int(hf["head_dim"])
+    hidden_size, num_heads = int(required(hf, "hidden_size")), int(required(hf, "num_attention_heads"))
+    if hidden_size % num_heads:
+        raise ModelError(f"hidden_size: {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+    return hidden_size // num_heads
+
+
 def layer_windows(hf: HFConfig) -> tuple[int | None, ...]:
     """Attention window of each layer, as Qwen spells it.
 

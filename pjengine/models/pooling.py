@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 
 from pjengine.step_inputs import StepInputs
 
-Pooling = Literal["mean", "cls", "last"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+POOLINGS = ("mean", "cls", "last")
 
 
-def pool(hidden: jax.Array, inputs: StepInputs, mode: Pooling, normalize: bool) -> jax.Array:
+def pool(hidden: jax.Array, inputs: StepInputs, mode: str, normalize: bool) -> jax.Array:
     """Embeddings of a step's rows, float32 [R, hidden_size]; rows without tokens are unspecified but finite.
 
     Args:
       hidden: [T, hidden_size], of whole sequences packed one after the other.
-      mode: mean of all tokens, the first token ("cls") or the last.
+      mode: one of POOLINGS: mean of all tokens, the first token, the last.
       normalize: divide each embedding by its Euclidean length.
+    Raises: ValueError for another mode.
     """
     match mode:
         case "mean":

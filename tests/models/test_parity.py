@@ -94,7 +94,7 @@ def test_bert(dtype: str) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("mode", ["mean", "cls", "last"])
-def test_pooling_of_a_padded_step(mode: Any, normalize: bool) -> None:
+def test_pooling_of_a_padded_step(mode: str, normalize: bool) -> None:
     """Rows without tokens and tokens without a row change nothing and stay finite."""
     golden, _ = load_golden("bert")
     rows = [golden["hidden"][a:b] for a, b in itertools.pairwise(golden["starts"])]
@@ -119,4 +119,4 @@ def test_pooling_of_a_padded_step(mode: Any, normalize: bool) -> None:
 def test_pooling_names_an_unknown_mode() -> None:
     hidden = jnp.zeros((3, 4))
     with pytest.raises(ValueError, match="mode: expected one of mean, cls, last, got 'max'"):
-        pool(hidden, packed_inputs([[1, 2, 3]]), "max", False)  # type: ignore[arg-type]
+        pool(hidden, packed_inputs([[1, 2, 3]]), "max", False)
