@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         OutOfMemory,
         PJEngineError,
     )
-    from pjengine.llm import LLM, CompletionOutput, EmbeddingOutput, RequestOutput
+    from pjengine.llm import LLM
+    from pjengine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
     from pjengine.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
@@ -55,7 +56,8 @@ _HOMES = {
         "OutOfMemory",
         "PJEngineError",
     ),
-    "llm": ("LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput"),
+    "llm": ("LLM",),
+    "outputs": ("CompletionOutput", "EmbeddingOutput", "RequestOutput"),
     "sampling_params": ("SamplingParams",),
 }
 _HOME = {name: f"pjengine.{module}" for module, names in _HOMES.items() for name in names}

@@ -1,0 +1,171 @@
+"""From what a user gives to what an engine takes: checks and defaults that `LLM` and the server share."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+import numpy as np
+
+from pjengine.engine_info import EngineInfo
+from pjengine.errors import InvalidRequest
+from pjengine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # their modules take long to import, and a server's API process needs neither
+    from pjengine.engine_info import EngineInfo
+    from pjengine.tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | Sequence[int]
+Message: TypeAlias = Mapping[str, Any]
+
+
+def check_prompt(token_ids: list[int], info: EngineInfo, *, field: str = "prompt") -> None:
+    """Raises InvalidRequest unless the prompt has tokens, all in the vocabulary, and fits the model's window.
+
+    Args:
+      token_ids: the prompt's tokens.
+      info: of the engine that shall run it.
+      field: the request's field at fault, as the user spells it.
+    """
+    if not token_ids:
+        raise InvalidRequest(f"{field}: empty; give at least one token", field=field, code="empty_prompt")
+    check_token_ids(token_ids, info.vocab_size, field=field)
+    # A generated token needs a place in the window too; an embedding has none.
+    room = info.max_model_len - (info.kind == "generate")
+    if len(token_ids) > room:
+        raise InvalidRequest(
+            f"{field}: {len(token_ids)} tokens, but the model's window of {info.max_model_len} has room for {room}; "
+            "shorten it",
+            field=field,
+            code="context_length_exceeded",
+        )
+
+
+def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, field: str) -> None:
+    """Raises InvalidRequest unless every id is in [0, vocab_size)."""
+    for token in token_ids:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"{field}: token id {token} is outside the vocabulary, 0..{vocab_size - 1}",
+                field=field,
+                code="token_id_out_of_range",
+            )
+
+
+def check_max_tokens(
+    params: SamplingParams, prompt_tokens: int, info: EngineInfo, *, field: str = "max_tokens"
+) -> None:
+    """Raises InvalidRequest where prompt and `max_tokens` together exceed the model's window."""
+    if params.max_tokens is not None and prompt_tokens + params.max_tokens > info.max_model_len:
+        raise InvalidRequest(
+            f"{field}: {params.max_tokens} and a prompt of {prompt_tokens} tokens exceed the model's window of "
+            f"{info.max_model_len}; ask for at most {info.max_model_len - prompt_tokens}",
+            field=field,
+            code="context_length_exceeded",
+        )
+
+
+def fit_window(params: SamplingParams, prompt_tokens: int, info: EngineInfo) -> SamplingParams:
+    """The parameters with `max_tokens` cut to what the model's window leaves after the prompt."""
+    room = info.max_model_len - prompt_tokens
+    if params.max_tokens is None or params.max_tokens <= room:
+        return params
+    return msgspec.structs.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+
+
+def default_params(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
+    """SamplingParams of the given fields; where None or missing, the model's own defaults, then SamplingParams'.
+
+    Args:
+      defaults: from the model's generation_config.json (`Source.default_sampling`).
+      **given: what the user asked for.
+    """
+    return SamplingParams(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+
+
+def engine_params(params: SamplingParams, info: EngineInfo, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The parameters as the engine takes them: ids checked, `bad_words` as token ids.
+
+    Raises:
+      InvalidRequest: a token id is outside the vocabulary, or strings are given for a model without a tokenizer.
+    """
+    check_token_ids(params.logit_bias or (), info.vocab_size, field="logit_bias")
+    check_token_ids(params.allowed_token_ids or (), info.vocab_size, field="allowed_token_ids")
+    check_token_ids(params.stop_token_ids, info.vocab_size, field="stop_token_ids")
+    if tokenizer is None:
+        for field in ("stop", "bad_words"):
+            if getattr(params, field):
+                raise InvalidRequest(f"{field}: this model has no tokenizer; use token ids", field=field)
+        return params
+    if not params.bad_words:
+        return params
+    return msgspec.structs.replace(
+        params, bad_words_token_ids=(*params.bad_words_token_ids, *bad_words_token_ids(params.bad_words, tokenizer))
+    )
+
+
+def bad_words_token_ids(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that spell each word, at the start of a text and after a space (as vLLM does).
+
+    The form after a space counts only where the space changes the first token and not the number of tokens: otherwise
+    it spells a lone space first, which is no form of the word.
+    """
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        if not bare:
+            raise InvalidRequest(f"bad_words: {word!r} has no tokens", field="bad_words", code="invalid_value")
+        found.append(bare)
+        if spaced[0] != bare[0] and len(spaced) == len(bare):
+            found.append(spaced)
+    return tuple(dict.fromkeys(found))
+
+
+def as_prompts(given: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
+    """The prompts of a call: one prompt becomes a list of one, token ids become lists of int.
+
+    Raises:
+      InvalidRequest: anything that is neither a string nor token ids.
+    """
+    if isinstance(given, str):
+        return [given]
+    items = _as_list(given, "prompts")
+    if items and all(_is_token(item) for item in items):
+        return [[operator.index(item) for item in items]]
+    return [item if isinstance(item, str) else _as_token_ids(item, f"prompts[{i}]") for i, item in enumerate(items)]
+
+
+def _as_token_ids(given: object, field: str) -> list[int]:
+    items = _as_list(given, field)
+    wrong = next((item for item in items if not _is_token(item)), None)
+    if wrong is not None:
+        raise InvalidRequest(f"{field}: expected a string or token ids, got {wrong!r} among them", field=field)
+    return [operator.index(item) for item in items]
+
+
+def _as_list(given: object, field: str) -> list[Any]:
+    if isinstance(given, np.ndarray):
+        return list(given)
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise InvalidRequest(f"{field}: expected a string or token ids, or a list of them, got {given!r}", field=field)
+    return list(given)
+
+
+def _is_token(item: object) -> bool:
+    return isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+
+
+def as_conversations(given: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
+    """One conversation becomes a list of one."""
+    items = _as_list(given, "messages")
+    conversations = [items] if items and isinstance(items[0], Mapping) else [_as_list(c, "messages") for c in items]
+    for conversation in conversations:
+        if not conversation or not all(isinstance(message, Mapping) for message in conversation):
+            raise InvalidRequest(
+                "messages: expected a conversation, a non-empty list of {'role': …, 'content': …}, or a list of those",
+                field="messages",
+            )
+    return conversations
