@@ -23,8 +23,8 @@ class EngineConfig:
       load_format: "auto" looks at the files; "dummy" draws random weights of the config's shapes on the device.
       seed: of dummy weights and of requests that bring no seed of their own.
       max_model_len: longest sequence, prompt and output together, in tokens; None: the model's own limit.
-      max_num_seqs: most sequences that run at once; None: 256 on a GPU, 64 on a CPU.
-      max_num_batched_tokens: token budget of a step; None: 8192 on a GPU, 512 on a CPU.
+      max_num_seqs: most sequences in a step; None: 256 on a GPU, 64 on a CPU (embedding models: budget / 8).
+      max_num_batched_tokens: token budget of a step; None: 8192 on a GPU (embedding models: 16384), 512 on a CPU.
       max_waiting: most requests that may wait; one more is refused with EngineOverloaded.
       page_size: tokens per KV page; None: the device's default.
       num_pages: KV pages of the full-attention group; None: as many as memory allows.
@@ -33,7 +33,6 @@ class EngineConfig:
       enable_prefix_caching: reuse the pages of equal prompt prefixes.
       attention_backend: one of BACKENDS; "auto" takes the first that can serve the op.
       compile_cache: directory of compiled executables; None: the XDG cache directory; "": none.
-      eager_buckets: start serving when this many of the smallest buckets are compiled, the rest behind; None: all first.
     """
 
     model: str
@@ -51,7 +50,6 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     attention_backend: str = "auto"
     compile_cache: str | None = None
-    eager_buckets: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -62,7 +60,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             _require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "eager_buckets"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.kv_cache import PageCopy
 from pjengine.metrics import Stats
@@ -18,28 +19,6 @@ from pjengine.request import Output, Request, Timings, TokenLogprobs
 from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Batch, Row, Scheduler
 from pjengine.sequence import Sequence, Status
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineInfo:
-    """What callers need to know of an engine.
-
-    Attributes:
-      kind: "generate" or "embed".
-      embedding_size: elements of an embedding; 0 for "generate".
-      backends: (op, backend, why) as printed at start-up.
-    """
-
-    model: str
-    kind: str
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...] = ()
-    embedding_size: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
-    page_size: int = 0
-    backends: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

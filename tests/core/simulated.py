@@ -12,7 +12,8 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from pjengine.batch import BlockTables, Bucket, SamplerKey, fill_forward, fill_sampler, forward_layout, sampler_layout
-from pjengine.engine import Engine, EngineInfo, StepResult
+from pjengine.engine import Engine, StepResult
+from pjengine.engine_info import EngineInfo
 from pjengine.kv_cache import CacheGroup, KVCacheManager, PageCopy
 from pjengine.sampler import Variant
 from pjengine.scheduler import Batch, Scheduler

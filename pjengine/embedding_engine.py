@@ -1,0 +1,134 @@
+"""EmbeddingEngine: whole sequences, packed to a token budget in the order they came."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import numpy as np
+
+from pjengine.engine_info import EngineInfo
+from pjengine.errors import EngineOverloaded, InvalidRequest
+from pjengine.metrics import Stats
+from pjengine.request import Output, Request, Timings
+
+
+class Batch(Protocol):
+    def read(self) -> np.ndarray: ...
+
+
+class Runner(Protocol):
+    """Embeds at most `max_rows` sequences of at most `budget` tokens in all per call, without waiting for the device."""
+
+    budget: int
+    max_rows: int
+
+    def dispatch(self, sequences: list[list[int]]) -> Batch: ...
+
+
+class EmbeddingEngine:
+    """The face of `Engine`, for encoders. Not thread-safe: one thread calls it.
+
+    Batches form by token count. While one runs, the next is packed and dispatched, so a step returns the vectors of the one before.
+    """
+
+    def __init__(self, info: EngineInfo, runner: Runner, max_waiting: int = 16384):
+        self.info = info
+        self.runner = runner
+        self.max_waiting = max_waiting
+        self._waiting: dict[str, tuple[Request, float]] = {}  # in order of arrival
+        self._running: dict[str, tuple[Request, float, float]] = {}  # with the times of arrival and dispatch
+        self._in_flight: tuple[list[Request], Batch] | None = None
+        self._prompt_tokens = 0
+        self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting) or self._in_flight is not None
+
+    def add(self, request: Request) -> None:
+        """Queues a text.
+
+        Raises:
+          InvalidRequest: it cannot be embedded by this model; no other request is affected.
+          EngineOverloaded: `max_waiting` requests wait already.
+        """
+        info, prompt = self.info, request.prompt_token_ids
+        if request.params is not None:
+            raise InvalidRequest(
+                f"model: {info.model} embeds and does not generate; use a model of kind generate", field="model"
+            )
+        if request.request_id in self._waiting or request.request_id in self._running:
+            raise InvalidRequest(f"request_id: {request.request_id!r} is in use by an open request", field="request_id")
+        if not prompt:
+            raise InvalidRequest("input: needs at least one token", field="input")
+        outside = next((t for t in prompt if not 0 <= t < info.vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(
+                f"input: token id {outside} is outside the vocabulary of {info.vocab_size}", field="input"
+            )
+        if len(prompt) > info.max_model_len:
+            raise InvalidRequest(
+                f"input: {len(prompt)} tokens exceed the window of {info.max_model_len}; shorten it",
+                field="input",
+                code="context_length_exceeded",
+            )
+        if len(self._waiting) >= self.max_waiting:
+            raise EngineOverloaded(f"{len(self._waiting)} requests are waiting (max_waiting); retry later")
+        arrival = request.arrival_time if request.arrival_time is not None else time.monotonic()
+        self._waiting[request.request_id] = request, arrival
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Drops a request. Unknown ids are ignored: it may just have finished."""
+        self._waiting.pop(request_id, None)
+        self._running.pop(request_id, None)
+
+    def step(self) -> list[Output]:
+        """One round; returns the embeddings of the batch before."""
+        batch = self._pack()
+        started = None
+        if batch:
+            started = batch, self.runner.dispatch([r.prompt_token_ids for r in batch])
+            self._steps += 1
+            self._prompt_tokens += sum(len(r.prompt_token_ids) for r in batch)
+        finished, self._in_flight = self._in_flight, started
+        return self._outputs(*finished) if finished else []
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            prompt_tokens=self._prompt_tokens,
+            steps=self._steps,
+            step_tokens=self._prompt_tokens,
+        )
+
+    def _pack(self) -> list[Request]:
+        batch: list[Request] = []
+        left = self.runner.budget
+        now = time.monotonic()
+        for request, arrival in self._waiting.values():
+            if len(request.prompt_token_ids) > left or len(batch) == self.runner.max_rows:
+                break
+            batch.append(request)
+            left -= len(request.prompt_token_ids)
+            self._running[request.request_id] = request, arrival, now
+        for request in batch:
+            del self._waiting[request.request_id]
+        return batch
+
+    def _outputs(self, batch: list[Request], running: Batch) -> list[Output]:
+        vectors = np.ascontiguousarray(running.read(), "<f4")
+        now = time.monotonic()
+        outputs = []
+        for request, vector in zip(batch, vectors, strict=True):
+            entry = self._running.get(request.request_id)
+            if entry is None or entry[0] is not request:
+                continue  # aborted
+            del self._running[request.request_id]
+            _, arrival, dispatched = entry
+            timings = Timings(queued=dispatched - arrival, first_token=now - arrival, finished=now - arrival)
+            outputs.append(
+                Output(request_id=request.request_id, embedding=vector.tobytes(), finish_reason="stop", timings=timings)
+            )
+        return outputs

@@ -1,0 +1,230 @@
+"""From options to a running engine: `make_engine(EngineConfig) -> Engine | EmbeddingEngine`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pjengine.batch import Bucket, forward_layout
+from pjengine.config import EngineConfig
+from pjengine.device_cache import cache_shapes, page_bytes
+from pjengine.embedding_engine import EmbeddingEngine
+from pjengine.embedding_runner import EmbeddingRunner
+from pjengine.engine import Engine
+from pjengine.engine_info import EngineInfo
+from pjengine.errors import ConfigError
+from pjengine.executables import use_compile_cache
+from pjengine.kv_cache import CacheGroup, KVCacheManager
+from pjengine.memory_plan import MemoryPlan, plan_memory
+from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
+from pjengine.models.loading import choose_dtype, load_source, model_of
+from pjengine.models.sources import Source, resolve
+from pjengine.pallas_kernels import describe_backends
+from pjengine.sampler import init_state
+from pjengine.scheduler import Scheduler
+from pjengine.step_inputs import CacheSpec
+
+logger = logging.getLogger(__name__)
+
+_RESERVE = 512 << 20  # bytes of a GPU left to allocator rounding
+
+
+def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | EmbeddingEngine:
+    """Finds, loads and compiles a model.
+
+    Args:
+      progress: draw progress bars on stderr.
+    Raises:
+      ModelError: the model cannot be found or read.
+      ConfigError: an option cannot work with this model.
+      OutOfMemory: it does not fit; the message holds the numbers.
+      KernelUnavailable: no attention backend can serve it here.
+    """
+    started = time.monotonic()
+    # Read when JAX first touches the device; a program that has done so already keeps its own setting.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    use_compile_cache(config.compile_cache)
+    source = resolve(config.model, config.load_format)
+    module, model_config = model_of(source)
+    dtype = choose_dtype(source, config.dtype)
+    params = load_source(source, module, model_config, dtype, seed=config.seed)
+    logger.info("loaded %s as %s in %.1f s", config.model, dtype, time.monotonic() - started)
+    make = _make_generator if hasattr(module, "logits") else _make_embedder
+    engine = make(config, source, module, model_config, params, dtype, progress)
+    logger.info("ready in %.1f s: %s", time.monotonic() - started, engine.info)
+    return engine
+
+
+def _make_generator(
+    config: EngineConfig, source: Source, module: ModuleType, model_config: Any, params: Any, dtype: Any, progress: bool
+) -> Engine:
+    gpu = jax.default_backend() == "gpu"
+    specs = module.cache_specs(model_config)
+    page_size = config.page_size or (64 if gpu else 16)
+    window = _window(config, model_config)
+    max_num_seqs = config.max_num_seqs or (256 if gpu else 64)
+    step_tokens = config.max_num_batched_tokens or (8192 if gpu else 512)
+    backends = _check_backends(config, model_config, specs, page_size, dtype)
+
+    def shape(max_pages: int) -> RunnerShape:
+        return RunnerShape(
+            # On a CPU XLA multiplies a single row ten times slower than eight.
+            buckets=make_buckets(max_num_seqs, step_tokens, first=1 if gpu else 8, growth=2 if gpu else 8),
+            slots=max_num_seqs,
+            max_pages=max_pages,
+            page_size=page_size,
+            groups=len(page_bytes(specs, page_size, dtype)),
+            vocab_size=model_config.vocab_size,
+            backend=config.attention_backend,
+        )
+
+    max_pages = -(-window // page_size)
+    plan = _plan(config, module, model_config, params, dtype, specs, shape(max_pages), window, step_tokens)
+    windows = dict.fromkeys(spec.window for spec in specs)
+    groups = [CacheGroup(pages, w) for pages, w in zip(plan.pages, windows, strict=True)]
+    cache = KVCacheManager(groups, page_size, config.enable_prefix_caching)
+    if cache.capacity(step_tokens) < window:
+        window = cache.capacity(step_tokens)
+        logger.warning("max_model_len: lowered to %d, the longest sequence that %d pages hold", window, min(plan.pages))
+    logger.info("memory: %s", plan)
+    eos = source.eos_token_ids
+    runner = ModelRunner(
+        module,
+        model_config,
+        params,
+        cache_shapes(specs, plan.pages, page_size, dtype),
+        shape(max_pages),
+        frozenset(eos),
+        progress,
+    )
+    info = EngineInfo(
+        model=config.model,
+        kind="generate",
+        vocab_size=model_config.vocab_size,
+        max_model_len=window,
+        eos_token_ids=eos,
+        dtype=jnp.dtype(dtype).name,
+        device=jax.devices()[0].device_kind,
+        page_size=page_size,
+        backends=backends,
+    )
+    scheduler = Scheduler(cache, max_num_seqs, step_tokens)
+    return Engine(info, scheduler, runner, max_waiting=config.max_waiting, seed=config.seed)
+
+
+def _make_embedder(
+    config: EngineConfig, source: Source, module: ModuleType, model_config: Any, params: Any, dtype: Any, progress: bool
+) -> EmbeddingEngine:
+    gpu = jax.default_backend() == "gpu"
+    window = _window(config, model_config)
+    if config.max_model_len is None and source.pooling is not None and source.pooling.max_seq_length:
+        window = min(window, source.pooling.max_seq_length)
+    budget = max(config.max_num_batched_tokens or (16384 if gpu else 512), window)
+    runner = EmbeddingRunner(
+        module,
+        model_config,
+        params,
+        source.pooling,
+        budget=budget,
+        max_rows=config.max_num_seqs or max(8, budget // 8),
+        growth=2 if gpu else 4,
+        backend=config.attention_backend,
+        progress=progress,
+    )
+    info = EngineInfo(
+        model=config.model,
+        kind="embed",
+        vocab_size=model_config.vocab_size,
+        max_model_len=window,
+        embedding_size=model_config.hidden_size,
+        dtype=jnp.dtype(dtype).name,
+        device=jax.devices()[0].device_kind,
+    )
+    return EmbeddingEngine(info, runner, max_waiting=config.max_waiting)
+
+
+def _window(config: EngineConfig, model_config: Any) -> int:
+    limit = model_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(f"max_model_len: expected at most {limit}, the model's limit, got {config.max_model_len}")
+    return config.max_model_len or limit
+
+
+def _check_backends(
+    config: EngineConfig, model_config: Any, specs: tuple[CacheSpec, ...], page_size: int, dtype: Any
+) -> tuple[tuple[str, str, str], ...]:
+    rows = describe_backends(
+        model_config.num_heads,
+        specs[0].kv_heads,
+        specs[0].head_dim,
+        page_size,
+        jnp.dtype(dtype).name,
+        backend=config.attention_backend,
+        window=specs[0].window,
+    )
+    for op, backend, why in rows:
+        logger.info("%s: %s%s", op, backend, f" ({why})" if why else "")
+    return tuple(rows)
+
+
+def _plan(
+    config: EngineConfig,
+    module: ModuleType,
+    model_config: Any,
+    params: Any,
+    dtype: Any,
+    specs: tuple[CacheSpec, ...],
+    shape: RunnerShape,
+    window: int,
+    step_tokens: int,
+) -> MemoryPlan:
+    sizes = page_bytes(specs, shape.page_size, dtype)
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    state = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size))
+    tables = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    if config.num_pages is not None:
+        pages = (config.num_pages,) * shape.groups
+        return MemoryPlan(0, weights, 0, tables, pages, sum(config.num_pages * size for size in sizes))
+    stats = jax.devices()[0].memory_stats()
+    if stats is None:  # a CPU: its memory is the system's
+        budget, temporaries = config.cpu_kv_bytes + weights + tables, 0
+        window = (
+            window if config.max_model_len else min(window, config.cpu_kv_bytes // sum(sizes) * shape.page_size // 2)
+        )
+    else:
+        temporaries = _temporaries(module, model_config, params, dtype, specs, shape) + _RESERVE
+        # What is in use already counts: weights, and whatever else the program holds.
+        budget = stats["bytes_limit"] - (stats["bytes_in_use"] - weights)
+    return plan_memory(
+        budget=budget,
+        weights=weights,
+        temporaries=temporaries,
+        tables=tables,
+        page_bytes=sizes,
+        windows=list(dict.fromkeys(spec.window for spec in specs)),
+        page_size=shape.page_size,
+        max_num_seqs=shape.slots,
+        step_tokens=step_tokens,
+        sequence_tokens=window if config.max_model_len else min(window, step_tokens),
+    )
+
+
+def _temporaries(
+    module: ModuleType, model_config: Any, params: Any, dtype: Any, specs: tuple[CacheSpec, ...], shape: RunnerShape
+) -> int:
+    """Bytes the largest step needs beside its arguments: read off its executable, compiled with a cache of few pages."""
+    bucket: Bucket = max(shape.buckets, key=lambda b: b.tokens)
+    cache = cache_shapes(specs, (2 * shape.max_pages,) * shape.groups, shape.page_size, dtype)
+    layout = forward_layout(bucket, shape.groups, shape.max_pages)
+    tail = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size)).tail
+    forward = forward_function(module, model_config, shape)
+    analysis = forward.lower(params, cache, tail, layout.abstract, bucket).compile().memory_analysis()
+    aliased = analysis.alias_size_in_bytes
+    # Two steps overlap: the outputs of one are alive while the next runs.
+    return analysis.temp_size_in_bytes + 2 * max(0, analysis.output_size_in_bytes - aliased)

@@ -1,0 +1,237 @@
+"""Runs planned steps on the device: two executables per step, the forward pass and the sampler, neither waited for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjengine.batch import (
+    BlockTables,
+    Bucket,
+    SamplerKey,
+    fill_forward,
+    fill_sampler,
+    forward_layout,
+    needs_state,
+    sampler_key,
+    sampler_layout,
+    unpack_forward,
+    unpack_sampler,
+    wants_prompt_logprobs,
+)
+from pjengine.device_cache import copy_pages, make_cache
+from pjengine.engine import StepResult
+from pjengine.executables import compile_all
+from pjengine.kv_cache import PageCopy
+from pjengine.request import TokenLogprobs
+from pjengine.sampler import Logprobs, Sampled, SamplerState, Variant, compute_logprobs, init_state, sample, set_slot
+from pjengine.scheduler import Batch
+from pjengine.sequence import Sequence as Seq
+from pjengine.step_inputs import KVCache
+
+logger = logging.getLogger(__name__)
+
+_LOGPROB_CHUNK = 64  # prompt positions whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerShape:
+    """Everything static about a runner.
+
+    Attributes:
+      buckets: of the forward pass, decode and mixed.
+      slots: sequences that run at once.
+      max_pages: width of a block table.
+      backend: of attention.
+    """
+
+    buckets: tuple[Bucket, ...]
+    slots: int
+    max_pages: int
+    page_size: int
+    groups: int
+    vocab_size: int
+    backend: str
+
+
+def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, first: int, growth: int) -> tuple[Bucket, ...]:
+    """Decode buckets from `first` rows to `max_num_seqs`, mixed ones up to the token budget, each `growth` times the last."""
+    rows = _ladder(first, max_num_seqs, growth)
+    tokens = _ladder(min(32, max_num_batched_tokens), max_num_batched_tokens, growth)
+    mixed = [Bucket(t, min(t, max_num_seqs), decode=False) for t in tokens]
+    return (*(Bucket(r, r, decode=True) for r in rows), *mixed)
+
+
+def _ladder(first: int, last: int, growth: int) -> list[int]:
+    sizes = [min(first, last)]
+    while sizes[-1] < last:
+        sizes.append(min(sizes[-1] * growth, last))
+    return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningStep:
+    """A dispatched step; its arrays are on their way to the host."""
+
+    batch: Batch
+    sampled: Sampled
+    prompt_logprobs: Logprobs | None
+
+    def read(self) -> StepResult:
+        rows = len(self.batch.rows)
+        tokens = np.asarray(self.sampled.tokens)[:rows]
+        logprobs = None if self.sampled.logprobs is None else _to_host(self.sampled.logprobs, 0, rows)
+        prompt: dict[int, list[TokenLogprobs]] = {}
+        if self.prompt_logprobs is not None:
+            at = 0
+            for r, row in enumerate(self.batch.rows):
+                if wants_prompt_logprobs(row):
+                    prompt[r] = _to_host(self.prompt_logprobs, at, at + row.count)
+                at += row.count
+        return StepResult(tokens, logprobs, prompt)
+
+
+class ModelRunner:
+    """Holds the parameters, the cache and the sampler's tables, and feeds them to executables in the order of the steps."""
+
+    def __init__(
+        self,
+        module: ModuleType,
+        model_config: Any,
+        params: Any,
+        cache_shapes: KVCache,
+        shape: RunnerShape,
+        eos: frozenset[int],
+        progress: bool = True,
+    ):
+        self.shape = shape
+        self._eos = eos
+        self._params = params
+        self._jit_sample = jax.jit(_sample_step, donate_argnums=1, static_argnums=3)
+        self._set_slot = jax.jit(set_slot, donate_argnums=0)
+        self._prompt_logprobs = prompt_logprobs_function(module, model_config)
+        self._tables = BlockTables(shape.groups, shape.slots, shape.max_pages, shape.page_size)
+        self._layouts = {b: forward_layout(b, shape.groups, shape.max_pages) for b in shape.buckets}
+        state = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size))
+        jitted = forward_function(module, model_config, shape)
+        self._forward = compile_all(
+            {
+                b: functools.partial(jitted.lower, params, cache_shapes, state.tail, self._layouts[b].abstract, b)
+                for b in shape.buckets
+            },
+            "forward steps",
+            progress,
+        )
+        keys = [SamplerKey(rows, v) for rows in sorted({b.rows for b in shape.buckets}) for v in Variant]
+        self._samplers = compile_all({k: functools.partial(self._lower_sampler, k) for k in keys}, "samplers", progress)
+        self._cache = make_cache(cache_shapes)
+        self._state: SamplerState = init_state(shape.slots, shape.vocab_size)
+
+    def dispatch(self, batch: Batch, copies: Sequence[PageCopy]) -> RunningStep:
+        """Starts a step and returns at once."""
+        if copies:
+            self._cache = copy_pages(self._cache, copies)
+        for seq in batch.admitted:
+            if needs_state(seq):
+                self._load_slot(seq)
+        bucket = self.bucket_for(batch)
+        packed = fill_forward(batch, bucket, self._layouts[bucket], self._tables)
+        logits, hidden, self._cache = self._forward[bucket](self._params, self._cache, self._state.tail, packed)
+        key = sampler_key(batch, bucket.rows, self._eos)
+        packed = fill_sampler(batch, key, sampler_layout(key), self.shape.slots, self._eos)
+        sampled, self._state = self._sampler(key)(logits, self._state, packed)
+        prompt_logprobs = None
+        if any(wants_prompt_logprobs(row) for row in batch.rows):
+            prompt_logprobs = self._prompt_logprobs(self._params, hidden, _next_tokens(batch, bucket))
+        for array in jax.tree.leaves((sampled, prompt_logprobs)):
+            array.copy_to_host_async()
+        return RunningStep(batch, sampled, prompt_logprobs)
+
+    def bucket_for(self, batch: Batch) -> Bucket:
+        """The smallest compiled shape that holds the batch."""
+        rows, tokens = len(batch.rows), batch.num_tokens
+        fitting = (
+            b
+            for b in self.shape.buckets
+            if b.rows >= rows and b.tokens >= tokens and (b.decode == batch.decode or not b.decode)
+        )
+        return min(fitting, key=lambda b: (b.tokens, not b.decode))
+
+    def _load_slot(self, seq: Seq) -> None:
+        size = 64
+        while size < len(seq.tokens):
+            size *= 2
+        tokens = np.zeros(size, np.int32)
+        tokens[: len(seq.tokens)] = seq.tokens
+        self._state = self._set_slot(self._state, seq.slot, tokens, len(seq.tokens), seq.prompt_len)
+
+    def _sampler(self, key: SamplerKey) -> Any:
+        if key not in self._samplers:
+            logger.info("compiling a sampler for %s", key)
+            self._samplers[key] = self._lower_sampler(key).compile()
+        return self._samplers[key]
+
+    def _lower_sampler(self, key: SamplerKey) -> Any:
+        logits = jax.ShapeDtypeStruct((key.rows, self.shape.vocab_size), jnp.float32)
+        state = jax.eval_shape(lambda: init_state(self.shape.slots, self.shape.vocab_size))
+        return self._jit_sample.lower(logits, state, sampler_layout(key).abstract, key)
+
+
+def forward_function(module: ModuleType, config: Any, shape: RunnerShape) -> Any:
+    """The jitted forward pass: (params, cache, tail, packed, bucket) -> (logits [rows, vocab], hidden or None, cache)."""
+
+    def forward(params: Any, cache: KVCache, tail: jax.Array, packed: jax.Array, bucket: Bucket) -> Any:
+        layout = forward_layout(bucket, shape.groups, shape.max_pages)
+        inputs = unpack_forward(packed, tail, bucket, layout, shape.groups, shape.backend)
+        hidden, cache = module.forward(params, inputs, cache, config)
+        logits = module.logits(params, hidden[inputs.last_tokens], config)
+        return logits, None if bucket.decode else hidden, cache
+
+    return jax.jit(forward, donate_argnums=1, static_argnums=4)
+
+
+def prompt_logprobs_function(module: ModuleType, config: Any) -> Any:
+    """The jitted (params, hidden [T, hidden_size], next tokens [T]) -> Logprobs of the next tokens."""
+
+    def prompt_logprobs(params: Any, hidden: jax.Array, next_tokens: jax.Array) -> Logprobs:
+        chunk = min(_LOGPROB_CHUNK, hidden.shape[0])
+        chunks = -(-hidden.shape[0] // chunk)
+        pad = chunks * chunk - hidden.shape[0]
+        hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
+        targets = jnp.pad(next_tokens, (0, pad)).reshape(chunks, chunk)
+        found = jax.lax.map(lambda x: compute_logprobs(module.logits(params, x[0], config), x[1]), (hidden, targets))
+        return jax.tree.map(lambda x: x.reshape(chunks * chunk, *x.shape[2:]), found)
+
+    return jax.jit(prompt_logprobs)
+
+
+def _sample_step(
+    logits: jax.Array, state: SamplerState, packed: jax.Array, key: SamplerKey
+) -> tuple[Sampled, SamplerState]:
+    return sample(logits, state, unpack_sampler(packed, sampler_layout(key)), key.variant)
+
+
+def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:
+    """int32 [tokens]: the known token after each of a step's positions; 0 where there is none."""
+    targets = np.zeros(bucket.tokens, np.int32)
+    at = 0
+    for row in batch.rows:
+        known = row.seq.tokens[row.start + 1 : row.start + row.count + 1]
+        targets[at : at + len(known)] = known
+        at += row.count
+    return targets
+
+
+def _to_host(logprobs: Logprobs, start: int, end: int) -> list[TokenLogprobs]:
+    token, rank, ids, top = (
+        np.asarray(x)[start:end].tolist() for x in (logprobs.token, logprobs.rank, logprobs.top_ids, logprobs.top)
+    )
+    return [TokenLogprobs(t, r, list(zip(i, p, strict=True))) for t, r, i, p in zip(token, rank, ids, top, strict=True)]
