@@ -1,4 +1,4 @@
-"""Chat templates: from a list of messages to the prompt a model was trained on, as Hugging Face's `apply_chat_template` renders it.
+"""Chat templates: from a list of messages to the prompt a model was trained on, as transformers' `apply_chat_template`.
 
 Templates come with models and are not trusted: they run in jinja2's immutable sandbox.
 Reference: https://huggingface.co/docs/transformers/chat_templating.

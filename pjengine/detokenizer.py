@@ -17,8 +17,9 @@ _INCOMPLETE = "\ufffd"
 class Detokenizer:
     """Turns one sequence's tokens into text as they come. Work per token does not grow with the sequence.
 
-    The pieces put together are the text of all tokens, cut at the stop string that is complete first; of several complete at the same
-    character, the longest. A character is given out once all its bytes are there, and text that may begin a stop string once it cannot.
+    The pieces put together are the text of all tokens, cut at the stop string that is complete first; of several
+    complete at one character, the longest. A character is given out once all its bytes are there, and text that may
+    begin a stop string once it cannot.
 
     Args:
       tokenizer: of the model.
@@ -87,10 +88,9 @@ class Detokenizer:
         return new
 
     def _shorten(self, text: str) -> None:
-        """Forgets tokens of the window whose text was given out, unless the rest would read differently without them."""
-        for size in range(
-            _CONTEXT, _CONTEXT + 4
-        ):  # a character has up to 4 tokens: one of these begins with a character
+        """Forgets tokens whose text was given out, unless the rest would read differently without them."""
+        # A character has 4 tokens at most: one of these tails begins with a character.
+        for size in range(_CONTEXT, _CONTEXT + 4):
             tail = self._decode(self._window[-size:])
             if tail and text.endswith(tail) and len(text) - len(tail) <= self._given:
                 self._window = self._window[-size:]

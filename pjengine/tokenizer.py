@@ -1,4 +1,4 @@
-"""Tokenizer: between text and token ids, on the Rust `tokenizers` library; importing transformers would cost every start seconds."""
+"""Tokenizer: between text and token ids, on the Rust `tokenizers` library (importing transformers takes seconds)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]):
         self.backend = backend
-        special = {name: _text_of(config[name]) for name in _SPECIAL_TOKENS if config.get(name)}
+        special = {name: text for name in _SPECIAL_TOKENS if (text := _text_of(config.get(name)))}
         self.bos_token_id = self._id_of(special.get("bos_token"))
         self.eos_token_id = self._id_of(special.get("eos_token"))
         self.pad_token_id = self._id_of(special.get("pad_token"))
@@ -57,12 +57,10 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face directory: its tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+        """The tokenizer of a directory: its tokenizer.json, tokenizer_config.json and chat_template.jinja."""
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise ModelError(
-                f"{path}: no tokenizer.json; make one: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"
-            )
+            raise ModelError(f"{path}: no tokenizer.json; transformers.AutoTokenizer's save_pretrained makes one")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception

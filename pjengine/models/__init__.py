@@ -1,4 +1,7 @@
-"""Model architectures, and where their weights come from. `load` is the researcher's door; it is imported, with JAX, when first asked for."""
+"""Model architectures, and where their weights come from.
+
+`load` is the researcher's door. The names are imported when first asked for: `resolve` needs no JAX.
+"""
 
 from __future__ import annotations
 

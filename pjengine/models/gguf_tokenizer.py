@@ -1,7 +1,7 @@
-"""Builds a `tokenizers.Tokenizer` from a GGUF file's metadata: the file holds vocabulary, merges or scores, and the name of its pre-tokenizer.
+"""Builds a `tokenizers.Tokenizer` from GGUF metadata: vocabulary, merges or scores, and the pre-tokenizer's name.
 
-What each name stands for is fixed by llama.cpp (src/llama-vocab.cpp, `llm_tokenizer_bpe`), whose regular expressions come from the models' own
-tokenizer.json; those are used here. A name not known here is refused: a wrong split gives wrong tokens, silently.
+What each name stands for is fixed by llama.cpp (src/llama-vocab.cpp, `llm_tokenizer_bpe`), whose regular expressions
+come from the models' own tokenizer.json. A name not known here is refused: a wrong split gives wrong tokens, silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pjengine.models.gguf_format import GGUFHeader
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -38,12 +41,11 @@ _SPLITS: dict[str, tuple[str, ...]] = {  # each expression splits the pieces of 
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken")
-_BOS_BY_DEFAULT = (*_WHOLE_WORDS_FIRST,)
 _NFC = ("qwen2",)
 
 
 def tokenizer_of(header: GGUFHeader) -> Tokenizer:
-    """The model's tokenizer, special tokens included; ModelError where its kind is unknown or its metadata are inconsistent."""
+    """The model's tokenizer; ModelError where its kind is unknown or its metadata are inconsistent."""
     kind = header.require("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
@@ -151,13 +153,14 @@ def _add_special_tokens(header: GGUFHeader, tokenizer: Tokenizer, tokens: list[s
 
 def _add_bos_and_eos(header: GGUFHeader, tokenizer: Tokenizer, tokens: list[str]) -> None:
     sentencepiece = header.require("tokenizer.ggml.model") == "llama"
-    bos_default = sentencepiece or header.metadata.get("tokenizer.ggml.pre") in _BOS_BY_DEFAULT
-    ids = {
-        name: header.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        for name, default in (("bos", bos_default), ("eos", False))
-        if header.metadata.get(f"tokenizer.ggml.add_{name}_token", default)
-    }
-    set_template(tokenizer, *(None if ids.get(name) is None else tokens[ids[name]] for name in ("bos", "eos")))
+    bos_default = sentencepiece or header.metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS_FIRST
+
+    def added(name: str, default: bool) -> str | None:
+        token = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        wanted = header.metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+        return tokens[token] if wanted and token is not None else None
+
+    set_template(tokenizer, added("bos", bos_default), added("eos", False))
 
 
 def set_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -170,5 +173,5 @@ def set_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None
 
 def _unsupported(header: GGUFHeader, key: str, value: object, known: Any) -> ModelError:
     return ModelError(
-        f"{header.path}: {key}: {value!r} is not supported, known are {', '.join(known)}; use the model's Hugging Face directory"
+        f"{header.path}: {key}: {value!r} is not supported ({', '.join(known)} are); use its Hugging Face directory"
     )

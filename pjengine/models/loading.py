@@ -18,12 +18,13 @@ from pjengine.errors import ConfigError, ModelError
 from pjengine.models import registry
 from pjengine.models.params import ParamSpec, init_params, is_spec
 from pjengine.models.readers import TensorReader
+from pjengine.models.safetensors_files import stored_dtype
 from pjengine.models.sources import Source, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
 READ_THREADS = 8
 _READ_AHEAD = 2 * READ_THREADS  # parameters in host memory at once
-# Tensors a checkpoint may hold though no parameter is made of them: computed tables, and heads that embeddings do not use.
+# Tensors of which no parameter is made: computed tables, and heads that embeddings do not use.
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)|(bert\.)?pooler\.dense\.\w+|cls\..*"
 )
@@ -75,8 +76,10 @@ def choose_dtype(source: Source, dtype: str, platform: str | None = None) -> jnp
 
 
 def checkpoint_dtype(source: Source) -> jnp.dtype:
-    """What config.json says its weights were saved in; bfloat16 where it says nothing."""
-    found = source.config.get("dtype") or source.config.get("torch_dtype") or "bfloat16"
+    """What config.json says its weights are in; where it says nothing, what they are; bfloat16 without weights."""
+    found = source.config.get("dtype") or source.config.get("torch_dtype")
+    if found is None:
+        found = stored_dtype(source.path) if source.kind == "safetensors" else "bfloat16"
     if found not in DTYPES:
         raise ModelError(
             f"{source.path}: config: dtype: expected one of {', '.join(DTYPES)}, got {found!r}; set --dtype"
@@ -87,7 +90,7 @@ def checkpoint_dtype(source: Source) -> jnp.dtype:
 def load_source(
     source: Source, module: ModuleType, config: Any, dtype: Any, *, seed: int = 0, shardings: Any = None
 ) -> Any:
-    """A source's weights on the device, read in parallel and one parameter at a time: host memory holds a few tensors, never the model.
+    """A source's weights on the device, read in parallel; host memory holds a few tensors at a time, never the model.
 
     Args:
       dtype: of every parameter whose spec does not fix its own.
@@ -106,14 +109,14 @@ def load_source(
 
         return restore(source, specs, dtype, shardings)
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
-    places = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
+    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     reader = open_tensors(source)
     plan = _plan(reader, leaves, tied=bool(source.config.get("tie_word_embeddings")))
     arrays = [
         _assemble(parts, spec.transpose, jnp.dtype(spec.dtype or dtype), place)
         for spec, place, parts in zip(leaves, places, _read_ahead(reader, plan), strict=True)
     ]
-    return treedef.unflatten(arrays)
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def open_tensors(source: Source) -> TensorReader:
@@ -133,7 +136,7 @@ def _plan(reader: TensorReader, specs: list[ParamSpec], tied: bool) -> list[list
     missing = [name for name in stored if stored[name] not in reader.shapes]
     if missing:
         raise ModelError(
-            f"{reader.where}: tensors missing: {_some(missing)}; the checkpoint is incomplete, or config.json is another model's"
+            f"{reader.where}: missing tensors: {_some(missing)}; incomplete, or config.json is another model's"
         )
     unknown = sorted(
         name
@@ -141,9 +144,7 @@ def _plan(reader: TensorReader, specs: list[ParamSpec], tied: bool) -> list[list
         if not (_HARMLESS.fullmatch(name) or (tied and name == _TIED))
     )
     if unknown:
-        raise ModelError(
-            f"{reader.where}: tensors that this model type has no use for: {_some(unknown)}; config.json may be another model's"
-        )
+        raise ModelError(f"{reader.where}: unknown tensors: {_some(unknown)}; config.json may be another model's")
     plan = [[stored[name] for name in spec.sources] for spec in specs]
     for spec, names in zip(specs, plan, strict=True):
         _check_shape(reader, spec, names)
@@ -170,7 +171,7 @@ def _check_shape(reader: TensorReader, spec: ParamSpec, names: list[str]) -> Non
         found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
         whole = "" if len(names) == 1 else " together"
         raise ModelError(
-            f"{reader.where}: shapes: config.json asks for {list(expected)}{whole}, found {found}; it may be another model's"
+            f"{reader.where}: config.json asks for {list(expected)}{whole}, found {found}; it may be another model's"
         )
 
 
@@ -179,11 +180,15 @@ def _read_ahead(reader: TensorReader, plan: list[list[str]]) -> Iterator[list[np
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read-weights") as pool:
         waiting: collections.deque[concurrent.futures.Future[list[np.ndarray]]] = collections.deque()
         for names in plan:
-            waiting.append(pool.submit(lambda names=names: [reader.read(name) for name in names]))
+            waiting.append(pool.submit(_read_all, reader, names))
             if len(waiting) >= _READ_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _read_all(reader: TensorReader, names: list[str]) -> list[np.ndarray]:
+    return [reader.read(name) for name in names]
 
 
 def _assemble(parts: list[np.ndarray], transpose: bool, dtype: jnp.dtype, place: Any) -> jax.Array:

@@ -9,16 +9,15 @@ import numpy as np
 
 
 class TensorReader(Protocol):
-    """Tensors of a checkpoint under their Hugging Face names. `read` may be called from several threads.
+    """Tensors of a checkpoint under their Hugging Face names. `read` may be called from several threads."""
 
-    Attributes:
-      where: the file or directory, for error messages.
-      shapes: of every tensor, as stored ([out, in] for matrices).
-    """
+    @property
+    def where(self) -> str:
+        """The file or directory, for error messages."""
 
-    where: str
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every tensor, as stored ([out, in] for matrices)."""
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in host memory, in the checkpoint's dtype (quantised ones as float32)."""
-        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from pjengine.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; ModelError where a shard its index names is missing. Empty where there are none."""
+    """The safetensors files of a checkpoint, if any; ModelError where a shard that its index names is missing."""
     index = directory / INDEX
     if not index.is_file():
         single = directory / SINGLE
@@ -28,6 +30,17 @@ def weight_files(directory: Path) -> list[Path]:
             f"{index}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}; fetch them again"
         )
     return [directory / f for f in files]
+
+
+def stored_dtype(directory: Path) -> str:
+    """The dtype of most of a checkpoint's tensors: "float32", "bfloat16", "float16" or as safetensors spells it."""
+    kinds = collections.Counter(
+        file.get_slice(name).get_dtype()
+        for file in map(_open, weight_files(directory))
+        for name in file.keys()  # noqa: SIM118
+    )
+    kind = kinds.most_common(1)[0][0] if kinds else "no tensors"
+    return _DTYPES.get(kind, kind)
 
 
 class SafetensorsFiles:

@@ -87,8 +87,8 @@ def resolve(name: str, load_format: str = "auto") -> Source:
     """Finds a model's files.
 
     Args:
-      name: a directory (Hugging Face safetensors, or what `pjengine convert` wrote), a .gguf file, an embedded name, or a hub id.
-      load_format: "auto" looks at the files; "safetensors", "gguf" and "orbax" insist on one; "dummy" needs only a config.
+      name: a directory (Hugging Face's, or what `pjengine convert` wrote), a .gguf file, an embedded name, or a hub id.
+      load_format: "auto" looks at the files; "safetensors", "gguf" and "orbax" insist; "dummy" needs only a config.
     Raises:
       ModelError: nothing of that name, or files that cannot be understood.
     """
@@ -117,7 +117,7 @@ def _locate(name: str, dummy: bool) -> Path:
     if _HUB_ID.fullmatch(name):
         return _hub_snapshot(name, dummy)
     raise ModelError(
-        f"model: {name!r} is no directory, no .gguf file, no hub id (owner/name) and no embedded name ({', '.join(EMBEDDED_MODELS)})"
+        f"model: {name!r} is no directory, .gguf file, hub id (owner/name) or one of {', '.join(EMBEDDED_MODELS)}"
     )
 
 
@@ -161,7 +161,7 @@ def _pooling(path: Path) -> Pooling | None:
     unknown = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ModelError(
-            f"{path / 'modules.json'}: module {sorted(unknown)[0]!r} is not supported; only Transformer, Pooling, Normalize are"
+            f"{path / 'modules.json'}: {sorted(unknown)[0]!r} is not supported; Transformer, Pooling, Normalize are"
         )
     if "Pooling" not in kinds:
         return None
@@ -225,8 +225,8 @@ def _hub_snapshot(repo: str, dummy: bool) -> Path:
             "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({_first_line(error)})"
         )
         raise ModelError(
-            f"model: {repo} is not in the local hub cache and {why}; download it where there is a network and give the directory, "
-            f"or use an embedded model: {', '.join(EMBEDDED_MODELS)}"
+            f"model: {repo} is not in the local hub cache and {why}; download it where there is a network and give "
+            f"the directory, or use an embedded model: {', '.join(EMBEDDED_MODELS)}"
         ) from error
 
 
