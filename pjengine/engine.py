@@ -219,6 +219,8 @@ class Engine:
         if seq.first_token is None:
             seq.first_token = seq.seconds()
             output.cached_tokens = seq.cached_tokens
+            if seq.params.prompt_logprobs is not None and seq.prompt_len == 1:
+                seq.prompt_logprobs = [None]  # nothing stands before the only token
             output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         output.finish_reason, output.stop_reason = self._stop(seq, token)
         if first or output.finish_reason is not None:
