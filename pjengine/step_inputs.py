@@ -53,9 +53,6 @@ class KVCache:
     layers: tuple[LayerCache, ...]
     groups: tuple[int, ...] = struct.field(pytree_node=False)  # group of each layer: which block table it reads
 
-    def with_layer(self, index: int, layer: LayerCache) -> KVCache:
-        return self.replace(layers=(*self.layers[:index], layer, *self.layers[index + 1 :]))
-
 
 @struct.dataclass
 class StepInputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -111,20 +112,18 @@ def forward(
     x = params["embed"][inputs.token_ids] + params["position_embed"][inputs.positions] + types
     x = _norm(x, params, "embed_norm", config)
     for layer in params["layers"]:
-        x = _norm(x + _attention(layer, x, inputs, config), layer, "attn_norm", config)
-        x = _norm(x + _mlp(layer, x), layer, "mlp_norm", config)
+        x = _layer(layer, x, inputs, config)
     return x, cache
 
 
-def _attention(layer: dict[str, jax.Array], x: jax.Array, inputs: StepInputs, config: Config) -> jax.Array:
+# Compiled as part of its caller; the jit makes one trace serve all layers.
+@functools.partial(jax.jit, static_argnames="config")
+def _layer(layer: dict[str, jax.Array], x: jax.Array, inputs: StepInputs, config: Config) -> jax.Array:
     q, k, v = split_heads(linear(x, layer["qkv"], layer["qkv_bias"]), config.num_heads, config.num_heads)
     attended = packed_attention(q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, backend=inputs.backend)
-    return linear(attended.reshape(x.shape), layer["o"], layer["o_bias"])
-
-
-def _mlp(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    up = linear(x, layer["up"], layer["up_bias"])
-    return linear(gelu(up), layer["down"], layer["down_bias"])
+    x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer["o_bias"]), layer, "attn_norm", config)
+    up = gelu(linear(x, layer["up"], layer["up_bias"]))
+    return _norm(x + linear(up, layer["down"], layer["down_bias"]), layer, "mlp_norm", config)
 
 
 def _norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: Config) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -12,7 +13,7 @@ from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import causal_attention, linear, rms_norm, split_heads, swiglu, unembed
 from pjengine.models.params import ParamSpec
 from pjengine.models.rope import Rope
-from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
+from pjengine.step_inputs import CacheSpec, KVCache, LayerCache, StepInputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,13 +127,13 @@ def forward(
     Returns: [T, hidden_size], and the updated cache.
     """
     rotation = config.rope.cos_sin(inputs.positions)
+    pages: list[Any] = [None] * config.num_layers if cache is None else list(cache.layers)
+    groups = (0,) * config.num_layers if cache is None else cache.groups
     x = params["embed"][inputs.token_ids]
-    for index, layer in enumerate(params["layers"]):
-        attended, cache = _attention(
-            layer, _norm(x, layer["attn_norm"], config), rotation, inputs, cache, index, config
-        )
-        x = x + attended
-        x = x + _mlp(layer, _norm(x, layer["mlp_norm"], config))
+    for i, layer in enumerate(params["layers"]):
+        x, pages[i] = _layer(layer, x, rotation, inputs, pages[i], config, config.windows[i], groups[i])
+    if cache is not None:
+        cache = dataclasses.replace(cache, layers=tuple(pages))
     return _norm(x, params["norm"], config), cache
 
 
@@ -141,24 +142,26 @@ def logits(params: dict[str, Any], hidden: jax.Array, config: DecoderConfig) -> 
     return unembed(hidden, params["embed"].T if config.tie_word_embeddings else params["lm_head"])
 
 
-def _attention(
+# Compiled as part of its caller; the jit makes one trace serve all layers.
+@functools.partial(jax.jit, static_argnames=("config", "window", "group"))
+def _layer(
     layer: dict[str, jax.Array],
     x: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     inputs: StepInputs,
-    cache: KVCache | None,
-    index: int,
+    pages: LayerCache | None,
     config: DecoderConfig,
-) -> tuple[jax.Array, KVCache | None]:
-    q, k, v = split_heads(linear(x, layer["qkv"], layer.get("qkv_bias")), config.num_heads, config.num_kv_heads)
+    window: int | None,
+    group: int,
+) -> tuple[jax.Array, LayerCache | None]:
+    qkv = linear(_norm(x, layer["attn_norm"], config), layer["qkv"], layer.get("qkv_bias"))
+    q, k, v = split_heads(qkv, config.num_heads, config.num_kv_heads)
     if config.qk_norm:
         q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
-    attended, cache = causal_attention(q, k, v, rotation, inputs, cache, index, config.windows[index])
-    return linear(attended.reshape(x.shape[0], -1), layer["o"], layer.get("o_bias")), cache
-
-
-def _mlp(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return linear(swiglu(linear(x, layer["gate_up"], layer.get("gate_up_bias"))), layer["down"], layer.get("down_bias"))
+    attended, pages = causal_attention(q, k, v, rotation, inputs, pages, window=window, group=group)
+    x = x + linear(attended.reshape(x.shape[0], -1), layer["o"], layer.get("o_bias"))
+    gate_up = linear(_norm(x, layer["mlp_norm"], config), layer["gate_up"], layer.get("gate_up_bias"))
+    return x + linear(swiglu(gate_up), layer["down"], layer.get("down_bias")), pages
 
 
 def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:

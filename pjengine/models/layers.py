@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.pallas_kernels import apply_rope, packed_attention, paged_attention, rope_write_kv
-from pjengine.step_inputs import KVCache, LayerCache, StepInputs
+from pjengine.step_inputs import LayerCache, StepInputs
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -64,25 +64,27 @@ def causal_attention(
     v: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     inputs: StepInputs,
-    cache: KVCache | None,
-    layer: int,
+    pages: LayerCache | None,
+    *,
     window: int | None,
-) -> tuple[jax.Array, KVCache | None]:
-    """Rotates q and k and attends, over the pages of `layer` or, where `cache` is None, inside the step's own tokens.
+    group: int,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Rotates q and k and attends, over the layer's pages or, where those are None, inside the step's own tokens.
 
     Args:
       q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim], not yet rotated.
       rotation: cos and sin, float32 [T, head_dim // 2].
-    Returns: [T, heads, head_dim], and the cache with this step's k and v written; the one passed in is dead (donated).
+      window: as in CacheSpec.
+      group: which of the inputs' write slots and block tables are the layer's.
+    Returns: [T, heads, head_dim], and the pages with this step's k and v written; those passed in are dead (donated).
     """
-    scale = q.shape[-1] ** -0.5
-    if cache is None:
+    scale, backend = q.shape[-1] ** -0.5, inputs.backend
+    if pages is None:
         q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
-        starts, backend = inputs.query_starts, inputs.backend
+        starts = inputs.query_starts
         return packed_attention(q, k, v, starts, scale=scale, causal=True, window=window, backend=backend), None
-    group, pages = cache.groups[layer], cache.layers[layer]
     q, k_pages, v_pages = rope_write_kv(
-        q, k, v, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=inputs.backend
+        q, k, v, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=backend
     )
     attended = paged_attention(
         q,
@@ -94,6 +96,6 @@ def causal_attention(
         scale=scale,
         decode=inputs.decode,
         window=window,
-        backend=inputs.backend,
+        backend=backend,
     )
-    return attended, cache.with_layer(layer, LayerCache(k_pages, v_pages))
+    return attended, LayerCache(k_pages, v_pages)
