@@ -81,6 +81,19 @@ def test_decode_step_by_step(name: str, dtype: str) -> None:
     assert error_in_steps(name, dtype, chunks=[1] * 5, tokens=5, decode=True) < TOLERANCE[dtype]
 
 
+@every_decoder
+def test_donated_cache_is_written_in_place(name: str) -> None:
+    golden, _ = load_golden(name)
+    model, params, config = loaded(name, "float32")
+    sequences = PagedSequences(split_rows(golden["tokens"], golden["starts"]), model.cache_specs(config), "float32")
+    forward = jax.jit(model.forward, static_argnames="config", donate_argnames="cache")
+    inputs = sequences.inputs([(0, 1)] * 5, 5, decode=True)
+    analysis = forward.lower(params, inputs, sequences.cache, config=config).compile().memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(sequences.cache))
+    assert analysis is not None
+    assert analysis.alias_size_in_bytes == size
+
+
 @every_dtype
 def test_bert(dtype: str) -> None:
     golden, _ = load_golden("bert")
