@@ -89,7 +89,9 @@ def restore(source: Source, specs: Any, dtype: Any, shardings: Any = None) -> An
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             stored = checkpointer.metadata(path).item_metadata
-            _check_shapes(path, specs, {} if stored is None else stored.tree)
+            if stored is None:
+                raise ValueError("its metadata cannot be read")
+            _check_shapes(path, specs, stored.tree)
             return checkpointer.restore(path, wanted)
         except ModelError:
             raise

@@ -1,0 +1,122 @@
+"""Orbax directories: what `convert` writes loads as its source does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from pjengine.errors import ModelError
+from pjengine.models import load
+from pjengine.models.conversion import convert
+from pjengine.models.loading import choose_dtype, load_source, model_of
+from pjengine.models.params import is_spec
+from pjengine.models.sources import resolve
+from pjengine.tokenizer import load_tokenizer
+from tests.sources.checkpoints import CONFIG, write_directory, write_gguf
+from tests.text.vocabularies import byte_level_metadata
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A GGUF model with a tokenizer, and what it was converted to."""
+    folder = tmp_path_factory.mktemp("orbax")
+    src = write_gguf(folder / "model.gguf", config={**CONFIG, "vocab_size": 300}, metadata=byte_level_metadata())
+    return src, convert(str(src), folder / "converted")
+
+
+def assert_equal_trees(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_loads_as_its_source(converted: tuple[Path, Path]) -> None:
+    src, dst = converted
+    module, params, config = load(str(dst))
+    assert resolve(str(dst)).kind == "orbax"
+    assert (module, config) == (load(str(src))[0], load(str(src))[2])
+    assert_equal_trees(params, load(str(src))[1])
+
+
+def test_keeps_tokenizer_template_and_ends(converted: tuple[Path, Path]) -> None:
+    src, dst = (resolve(str(path)) for path in converted)
+    before, after = load_tokenizer(src), load_tokenizer(dst)
+    assert before is not None
+    assert after is not None
+    text = "<|start|>Hello, wörld 12 "
+    assert after.encode(text) == before.encode(text)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert after.apply_chat_template(messages) == before.apply_chat_template(messages)
+    assert (dst.eos_token_ids, after.eos_token_id) == (src.eos_token_ids, before.eos_token_id)
+
+
+def test_casts_while_restoring(converted: tuple[Path, Path]) -> None:
+    src, dst = converted
+    params = load(str(dst), dtype="bfloat16")[1]
+    assert {array.dtype.name for array in jax.tree.leaves(params)} == {"bfloat16"}
+    assert_equal_trees(params, load(str(src), dtype="bfloat16")[1])
+    assert choose_dtype(resolve(str(dst)), "auto", platform="gpu") == "bfloat16"
+
+
+def test_restores_with_shardings(converted: tuple[Path, Path]) -> None:
+    source = resolve(str(converted[1]))
+    module, config = model_of(source)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    shardings = jax.tree.map(lambda _: placed, module.param_specs(config), is_leaf=is_spec)
+    params = load_source(source, module, config, "float32", shardings=shardings)
+    assert {array.sharding for array in jax.tree.leaves(params)} == {placed}
+
+
+def test_dtype_that_was_asked_for_is_kept(tmp_path: Path) -> None:
+    write_directory(tmp_path / "src")
+    lines: list[str] = []
+    source = resolve(str(convert(str(tmp_path / "src"), tmp_path / "dst", dtype="bfloat16", progress=lines.append)))
+    assert choose_dtype(source, "auto", platform="gpu") == "bfloat16"
+    assert [line.split()[0] for line in lines] == ["reading", "writing"]
+
+
+def test_refuses_a_destination_in_use(tmp_path: Path) -> None:
+    write_directory(tmp_path / "src")
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"dst: .* exists and is not empty"):
+        convert(str(tmp_path / "src"), tmp_path / "dst")
+    assert [p.name for p in (tmp_path / "dst").iterdir()] == ["notes.txt"]
+
+
+def test_empty_destination_is_free(tmp_path: Path) -> None:
+    write_directory(tmp_path / "src")
+    (tmp_path / "dst").mkdir()
+    assert_equal_trees(load(str(convert(str(tmp_path / "src"), tmp_path / "dst")))[1], load(str(tmp_path / "src"))[1])
+
+
+def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
+    write_directory(tmp_path / "src", {})
+    with pytest.raises(ModelError, match="missing tensors"):
+        convert(str(tmp_path / "src"), tmp_path / "dst")
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_config_of_another_model(tmp_path: Path) -> None:
+    dst = convert(str(write_directory(tmp_path / "src")), tmp_path / "dst")
+    config = json.loads((dst / "config.json").read_text())
+    (dst / "config.json").write_text(json.dumps({**config, "vocab_size": 81}))
+    with pytest.raises(ModelError, match=r"embed: the model has shape \(81, 64\), the checkpoint \(80, 64\)"):
+        load(str(dst))
+    (dst / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"layers\.2\.\w+: the model has shape .*the checkpoint None"):
+        load(str(dst))
+
+
+@pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt"])
+def test_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
+    dst = convert(str(write_directory(tmp_path / "src")), tmp_path / "dst")
+    file = dst / "orbax" / damage
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ModelError, match=r"damaged Orbax checkpoint .*convert the model again"):
+        load(str(dst))
