@@ -1,0 +1,156 @@
+"""`pjengine bench …`: the same measurements for every user, each beside what the device can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pjengine.config import EngineConfig
+from pjengine.errors import ConfigError
+from pjengine.serving.cli_options import reported_errors, with_engine_options
+
+if TYPE_CHECKING:
+    from pjengine.bench.roofline import Roofline
+
+app = typer.Typer(
+    help="Measure this engine: every figure beside what the device can do.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="As `pjengine serve` takes it.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write versions, device, config and rows.")]
+
+
+@app.command()
+@with_engine_options
+def decode(
+    model: Model,
+    config: EngineConfig,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
+    context: Annotated[int, typer.Option(help="Prompt tokens of each sequence.")] = 128,
+    steps: Annotated[int, typer.Option(help="Steps to time.")] = 128,
+    sampling: Annotated[
+        bool, typer.Option("--sampling", help="Top-p 0.9, top-k 50 and penalties on every request.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Milliseconds per decode step."""
+
+    def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
+        from pjengine.bench.generation import GREEDY, decode
+        from pjengine.sampling_params import SamplingParams
+
+        params = GREEDY
+        if sampling:
+            params = SamplingParams(
+                top_p=0.9,
+                top_k=50,
+                presence_penalty=0.1,
+                frequency_penalty=0.1,
+                repetition_penalty=1.1,
+                ignore_eos=True,
+            )
+        return [decode(engine, size, context, steps, roofline, params) for size in _counts("batch", batch)]
+
+    _measure("decode", config, rows, json)
+
+
+@app.command()
+@with_engine_options
+def prefill(
+    model: Model,
+    config: EngineConfig,
+    shapes: Annotated[str, typer.Option(help="LENGTHxCOUNT pairs, separated by commas.")] = "512x64,2048x32",
+    json: Json = None,
+) -> None:
+    """Prompt tokens per second."""
+
+    def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
+        from pjengine.bench.generation import prefill
+
+        pairs = [_counts("shapes", shape, separator="x") for shape in shapes.split(",")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ConfigError(f"shapes: expected LENGTHxCOUNT pairs such as 512x64,2048x32, got {shapes!r}")
+        return [prefill(engine, count, length, roofline) for length, count in pairs]
+
+    _measure("prefill", config, rows, json)
+
+
+@app.command()
+@with_engine_options
+def throughput(
+    model: Model,
+    config: EngineConfig,
+    workload: Annotated[str, typer.Option(help="chat, or a file of JSON lines (docs/benchmarks.md).")] = "chat",
+    json: Json = None,
+) -> None:
+    """A whole workload offline, all requests at once."""
+
+    def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
+        from pjengine.bench.generation import run, throughput
+        from pjengine.bench.workloads import items, read
+
+        work = read(workload, engine.info.vocab_size)
+        if any(item.output_len == 0 for item in work):
+            raise ConfigError(f"workload: {workload}: every line needs an output_len of at least 1")
+        run(engine, items([(128, 8)] * 8, engine.info.vocab_size))
+        return [throughput(engine, work)]
+
+    _measure("throughput", config, rows, json)
+
+
+@app.command()
+@with_engine_options
+def embed(
+    model: Model,
+    config: EngineConfig,
+    workload: Annotated[
+        str, typer.Option(help="queries, docs, or a file of JSON lines (docs/benchmarks.md).")
+    ] = "queries",
+    json: Json = None,
+) -> None:
+    """Embeddings of a whole workload offline, and the latency of a single one."""
+
+    def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
+        from pjengine.bench.embedding import embed
+        from pjengine.bench.workloads import read
+
+        return [embed(engine, read(workload, engine.info.vocab_size))]
+
+    _measure("embed", config, rows, json)
+
+
+def _measure(
+    name: str, config: EngineConfig, rows: Callable[[Any, Roofline], list[dict[str, Any]]], json: str | None
+) -> None:
+    """Measures the device, then the engine; shows and saves the rows."""
+    with reported_errors():
+        from pjengine.bench import report, roofline
+        from pjengine.embedding_engine import EmbeddingEngine
+        from pjengine.factory import make_engine
+
+        # Repeated prompts must cost what they cost.
+        config = dataclasses.replace(config, enable_prefix_caching=False)
+        engine = make_engine(config)
+        if isinstance(engine, EmbeddingEngine) != (name == "embed"):
+            raise ConfigError(
+                f"model: {config.model} is of kind {engine.info.kind}; `pjengine bench {name}` needs the other"
+            )
+        ceiling = roofline.measure()
+        print(f"{engine.info.device}: {ceiling}")
+        found = rows(engine, ceiling)
+        report.show(f"{name}, {config.model}", found)
+        if json is not None:
+            report.save(json, name, ceiling, config, found)
+
+
+def _counts(field: str, text: str, separator: str = ",") -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(separator)]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ConfigError(f"{field}: expected counts of at least 1 separated by {separator!r}, got {text!r}")
+    return counts

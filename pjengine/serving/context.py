@@ -1,0 +1,108 @@
+"""What the routes know of the server they belong to."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pjengine.engine_info import EngineInfo
+from pjengine.errors import InvalidRequest
+from pjengine.serving.engine_client import EngineClient
+from pjengine.serving.errors import ApiError
+from pjengine.serving.metrics import ServerMetrics
+from pjengine.serving.middleware import Gate
+from pjengine.tokenizer import Tokenizer
+
+INLINE_CHARACTERS = 4096  # shorter texts are tokenized on the event loop: a thread would take longer
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids, and its text where text was given."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerContext:
+    """One served model.
+
+    Attributes:
+      client: its engine.
+      tokenizer: None for a model without one; then only token ids are understood.
+      model_names: names that requests may use; the first is the one we answer with.
+      model_root: the model as given to `serve`.
+      default_sampling: the model's own sampling defaults.
+      gate: shut while the server drains.
+      max_body_bytes: longest body of a request.
+      created: unix seconds of the server's start.
+    """
+
+    client: EngineClient
+    tokenizer: Tokenizer | None
+    model_names: tuple[str, ...]
+    model_root: str
+    default_sampling: Mapping[str, Any]
+    metrics: ServerMetrics
+    gate: Gate
+    max_body_bytes: int
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.client.info
+
+    def require_model(self, name: str | None, kind: str | None = None) -> None:
+        """Raises ApiError unless `name` is served, and is of the kind ("generate" or "embed") the endpoint needs."""
+        if name is not None and name not in self.model_names:
+            raise ApiError(
+                404,
+                f"model: {name!r} does not exist here; /v1/models lists what does",
+                param="model",
+                code="model_not_found",
+            )
+        if kind is not None and self.info.kind != kind:
+            does = {"generate": "generates text and does not embed", "embed": "embeds text and does not generate"}[
+                self.info.kind
+            ]
+            raise ApiError(400, f"model: {self.model_names[0]} {does}", param="model", code="wrong_model_kind")
+
+    def require_tokenizer(self, field: str) -> Tokenizer:
+        """Raises InvalidRequest where the model has none."""
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                f"{field}: this model has no tokenizer; use endpoints and fields that take token ids", field=field
+            )
+        return self.tokenizer
+
+    async def encode(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; long ones are tokenized in a thread."""
+        return (await self.encode_batch([text], field, add_special_tokens))[0]
+
+    async def encode_batch(self, texts: list[str], field: str, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; many or long ones are tokenized in a thread."""
+        tokenizer = self.require_tokenizer(field)
+        if sum(map(len, texts)) < INLINE_CHARACTERS:
+            return tokenizer.encode_batch(texts, add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
+
+    async def encode_prompts(self, given: str | list[Any], field: str, add_special_tokens: bool) -> list[EncodedPrompt]:
+        """OpenAI's four forms of a prompt: a string, strings, token ids, lists of token ids.
+
+        Raises:
+          InvalidRequest: there is no prompt in it.
+        """
+        if not given:
+            raise InvalidRequest(f"{field}: is empty; give at least one prompt", field=field, code="empty_prompt")
+        if isinstance(given, str):
+            given = [given]
+        if isinstance(given[0], int):
+            given = [given]
+        if isinstance(given[0], list):
+            return [EncodedPrompt(ids) for ids in given]
+        encoded = await self.encode_batch(given, field, add_special_tokens)
+        return [EncodedPrompt(ids, text) for text, ids in zip(given, encoded, strict=True)]

@@ -1,0 +1,311 @@
+"""The API process's side of the engine: starts its process, sends requests, routes outputs to those who wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from pjengine.config import EngineConfig
+from pjengine.engine_info import EngineInfo
+from pjengine.errors import EngineDead, PJEngineError
+from pjengine.metrics import Stats
+from pjengine.request import Output, Request
+from pjengine.serving.engine_process import MakeEngine, run_engine
+from pjengine.serving.messages import (
+    Abort,
+    Accepted,
+    Add,
+    Fatal,
+    FromEngine,
+    Outputs,
+    Ready,
+    Refused,
+    StatsReport,
+    Stop,
+    ToEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0  # an engine that has not ended by then is killed
+
+
+class EngineClient:
+    """An engine in a process of its own. Use from one event loop.
+
+    Attributes:
+      info: of the engine.
+      stats: its latest report; while it works at most about 100 ms old.
+      open_requests: requests sent and not ended.
+    """
+
+    info: EngineInfo
+
+    def __init__(self, make_engine: MakeEngine, config: EngineConfig, log_level: str = "info"):
+        self.stats = Stats()
+        self._arguments = (make_engine, config)
+        self._log_level = log_level
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._admissions: dict[str, asyncio.Future[None]] = {}
+        self._submissions: dict[str, Submission] = {}  # by request id
+        self._ids = itertools.count()
+        self._ready = False
+        self._dead: asyncio.Future[str]
+        self._resources: contextlib.AsyncExitStack
+
+    async def start(self) -> None:
+        """Starts the engine's process and waits until it can serve. If it fails or is cancelled, the process is ended.
+
+        Raises:
+          PJEngineError: it cannot; the message is the cause.
+        """
+        loop = asyncio.get_running_loop()
+        self._dead = loop.create_future()
+        async with contextlib.AsyncExitStack() as stack:  # undone in reverse if any of it fails
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pjengine-"))  # mode 0700
+            self._socket = stack.enter_context(zmq.asyncio.Context()).socket(zmq.PAIR)
+            stack.callback(self._socket.close, linger=0)
+            self._socket.set_hwm(0)
+            address = f"ipc://{Path(directory) / 'engine'}"
+            self._socket.bind(address)
+            self._process = _start(run_engine, (*self._arguments, address, self._log_level))
+            stack.push_async_callback(self._end_process)
+            loop.add_reader(self._process.sentinel, self._process_ended)
+            stack.callback(loop.remove_reader, self._process.sentinel)
+            self.info = await self._wait_until_ready()
+            receiver = asyncio.create_task(self._receive())
+            receiver.add_done_callback(self._receiver_ended)
+            stack.push_async_callback(_cancel, receiver)
+            self._resources = stack.pop_all()
+
+    async def stop(self) -> None:
+        """Ends the engine's process; open requests get EngineDead."""
+        self.fail("the server is shutting down")
+        await self._resources.aclose()
+
+    @property
+    def alive(self) -> bool:
+        return not self._dead.done()
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._submissions)
+
+    async def wait_dead(self) -> str:
+        """Returns the reason when the engine has died."""
+        return await asyncio.shield(self._dead)
+
+    async def submit(self, requests: Sequence[Request]) -> Submission:
+        """Hands requests to the engine, all or none; returns when it has taken them.
+
+        Raises:
+          InvalidRequest, EngineOverloaded: it refuses them.
+          EngineDead: it has ended.
+        """
+        self._require_alive()
+        submission = Submission(self, requests)
+        key = str(next(self._ids))
+        admission = self._admissions[key] = asyncio.get_running_loop().create_future()
+        self._submissions |= {request.request_id: submission for request in requests}
+        try:
+            self._send(Add(key, list(requests)))
+            await admission
+        except BaseException:
+            submission.close()
+            raise
+        finally:
+            del self._admissions[key]
+        return submission
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one sequence of it, at once."""
+        if self.alive:
+            self._send(Abort(request_id, index))
+
+    def fail(self, reason: str) -> None:
+        """The engine counts as dead from now on: every open request gets EngineDead. Later calls change nothing."""
+        if not self.alive:
+            return
+        self._dead.set_result(reason)
+        for admission in self._admissions.values():
+            if not admission.done():
+                admission.set_exception(EngineDead(reason))
+        for submission in set(self._submissions.values()):
+            submission._fail(EngineDead(reason))
+
+    def _forget(self, request_id: str) -> None:
+        self._submissions.pop(request_id, None)
+
+    def _require_alive(self) -> None:
+        if not self.alive:
+            raise EngineDead(self._dead.result())
+
+    def _send(self, message: ToEngine) -> None:
+        # Never waits: the send queue has no limit, and the engine's end of the socket is there once it is ready.
+        self._socket.send(self._encoder.encode(message))
+
+    async def _wait_until_ready(self) -> EngineInfo:
+        receiving = asyncio.ensure_future(self._socket.recv())
+        try:
+            first: list[asyncio.Future[Any]] = [receiving, self._dead]
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done():
+                raise EngineDead(f"{self._dead.result()} while it started; the lines above may say why")
+        finally:
+            receiving.cancel()
+        match self._decoder.decode(receiving.result()):
+            case Ready(info):
+                self._ready = True
+                return info
+            case Fatal(message, expected):
+                raise PJEngineError(message if expected else f"the engine failed to start: {message}")
+            case other:
+                raise PJEngineError(f"the engine's first message is {type(other).__name__}, not Ready")
+
+    async def _receive(self) -> None:
+        while True:
+            self._handle(self._decoder.decode(await self._socket.recv()))
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case Outputs(outputs):
+                now = time.monotonic()
+                for output in outputs:
+                    if (submission := self._submissions.get(output.request_id)) is not None:
+                        submission._deliver(output, now)
+            case StatsReport(stats):
+                self.stats = stats
+            case Accepted(key):
+                if (admission := self._admissions.get(key)) is not None and not admission.done():
+                    admission.set_result(None)
+            case Refused(key):
+                if (admission := self._admissions.get(key)) is not None and not admission.done():
+                    admission.set_exception(message.error())
+            case Fatal(reason):
+                self.fail(f"the engine failed: {reason}")
+            case Ready():
+                raise PJEngineError("the engine said Ready twice")
+
+    def _process_ended(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._process.sentinel)
+        self._process.join()
+        code = self._process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        # Its last words, a Fatal with a better reason, may still be on their way.
+        loop.call_later(0.1, self.fail, f"the engine's process {how}")
+
+    def _receiver_ended(self, receiver: asyncio.Task[None]) -> None:
+        if not receiver.cancelled() and (error := receiver.exception()) is not None:
+            logger.error("the engine's messages cannot be handled", exc_info=error)
+            self.fail(f"{type(error).__name__}: {error}")
+
+    async def _end_process(self) -> None:
+        if self._ready and self._process.is_alive():
+            self._send(Stop())
+            await asyncio.to_thread(self._process.join, STOP_SECONDS)
+        self._process.kill()
+        await asyncio.to_thread(self._process.join)
+        self._process.close()
+
+
+class Submission:
+    """Requests the engine has taken, and the channel on which their outputs come back.
+
+    Whoever stops reading before the end calls `close`: what still runs is aborted and its pages are freed.
+
+    Attributes:
+      request_ids: in the order they were given.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request]):
+        self.request_ids = [request.request_id for request in requests]
+        self._client = client
+        self._running = {
+            request.request_id: set(range(request.params.n if request.params else 1)) for request in requests
+        }
+        self._arrived: list[tuple[Output, float]] = []
+        self._error: EngineDead | None = None
+        self._wake = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[Output, float]]]:
+        """Yields what has arrived since the last time, each output with its `time.monotonic()`, until all have ended.
+
+        Raises:
+          EngineDead: the engine ended.
+        """
+        while self._running or self._arrived:
+            await self._wake.wait()
+            self._wake.clear()
+            arrived, self._arrived = self._arrived, []
+            if arrived:
+                yield arrived
+            if self._error is not None:
+                raise self._error
+
+    def end(self, request_id: str, index: int) -> None:
+        """Aborts one sequence; its later outputs are dropped."""
+        if index in self._running.get(request_id, ()):
+            self._client.abort(request_id, index)
+            self._sequence_ended(request_id, index)
+
+    def close(self) -> None:
+        """Aborts whatever still runs."""
+        for request_id in list(self._running):
+            self._client.abort(request_id)
+            self._client._forget(request_id)
+        self._running.clear()
+
+    def _deliver(self, output: Output, now: float) -> None:
+        if output.index not in self._running[output.request_id]:
+            return
+        self._arrived.append((output, now))
+        if output.finish_reason is not None:
+            self._sequence_ended(output.request_id, output.index)
+        self._wake.set()
+
+    def _sequence_ended(self, request_id: str, index: int) -> None:
+        self._running[request_id].discard(index)
+        if not self._running[request_id]:
+            del self._running[request_id]
+            self._client._forget(request_id)
+        self._wake.set()
+
+    def _fail(self, error: EngineDead) -> None:
+        self._error = error
+        self._wake.set()
+
+
+def _start(target: Callable[..., None], arguments: tuple[object, ...]) -> SpawnProcess:
+    """Starts a process that never sees SIGINT or SIGTERM: they are blocked, and the mask is inherited."""
+    blocked = {signal.SIGINT, signal.SIGTERM}
+    resource_tracker.ensure_running()  # it would unblock both if it were started by `start`
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, name="pjengine-engine")
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return process
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

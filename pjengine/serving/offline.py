@@ -1,0 +1,63 @@
+"""`pjengine generate` and `pjengine embed`: one call of `LLM` each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from pjengine.config import EngineConfig
+from pjengine.errors import InvalidRequest
+from pjengine.llm import LLM
+from pjengine.models.sources import resolve
+from pjengine.prompts import default_params
+
+
+def run_generate(config: EngineConfig, prompts: list[str], **sampling: Any) -> None:
+    """Prints each prompt's continuation; `sampling`: SamplingParams' fields, None for the model's default."""
+    params = default_params(resolve(config.model, config.load_format).default_sampling, **sampling)
+    with LLM(**dataclasses.asdict(config)) as llm:
+        for result in llm.generate(prompts, params, use_tqdm=len(prompts) > 1):
+            print(result.outputs[0].text)
+
+
+def run_embed(config: EngineConfig, texts: list[str], input_file: Path | None, output_file: Path | None) -> None:
+    """Writes the embeddings of `texts` and of the input file's lines, as JSONL."""
+    with contextlib.ExitStack() as stack:
+        if input_file is not None:
+            lines = sys.stdin if str(input_file) == "-" else stack.enter_context(_opened(input_file, "r"))
+            texts = [*texts, *_texts(lines, input_file)]
+        if not texts:
+            raise InvalidRequest("texts: there are none; give them as arguments or with --input", field="texts")
+        out = sys.stdout if output_file is None else stack.enter_context(_opened(output_file, "w"))
+        llm = stack.enter_context(LLM(**dataclasses.asdict(config)))
+        for index, result in enumerate(llm.embed(texts, use_tqdm=len(texts) > 1)):
+            print(json.dumps({"index": index, "embedding": result.embedding.tolist()}), file=out)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, mode: str) -> Iterator[TextIO]:
+    try:
+        file = path.open(mode, encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"{path}: cannot be opened: {error.strerror}") from error
+    with file:
+        yield file  # type: ignore[misc]
+
+
+def _texts(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise InvalidRequest(f"{path}:{number}: not JSON: {error}", field="input") from error
+        text = value.get("text") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise InvalidRequest(f'{path}:{number}: expected a string or an object with a string "text"', field="input")
+        yield text

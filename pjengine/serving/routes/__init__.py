@@ -1,0 +1,1 @@
+"""The endpoints: one file per family, each `async def endpoint(context, body) -> Response`."""

@@ -1,0 +1,23 @@
+"""Servers on the fake engine, shared by the tests of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving.live_server import LiveServer, fake_command, running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    """A fake text model, called "fake" and "team/fake"."""
+    with running(fake_command(served_model_names=["fake", "team/fake"])) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Iterator[LiveServer]:
+    """A fake embedding model."""
+    with running(fake_command(engine={"kind": "embed"})) as live:
+        yield live

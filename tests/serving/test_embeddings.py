@@ -1,0 +1,88 @@
+"""/v1/embeddings through the openai client; the fake embedding is (token count, first id, last id, 0.1)."""
+
+from __future__ import annotations
+
+import base64
+import struct
+
+import pytest
+
+from tests.serving.fake_engine import make_tokenizer
+from tests.serving.live_server import LiveServer
+
+
+def test_texts(embedder: LiveServer) -> None:
+    ids = make_tokenizer().encode("abc")
+    answer = embedder.client().embeddings.create(model="fake", input=["abc", "a"], encoding_format="float")
+    assert answer.object == "list"
+    assert [e.index for e in answer.data] == [0, 1]
+    assert answer.data[0].embedding == pytest.approx([3, ids[0], ids[-1], 0.1])
+    assert answer.data[1].embedding == pytest.approx([1, ids[0], ids[0], 0.1])
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (4, 4)
+
+
+def test_the_client_decodes_base64_to_the_same(embedder: LiveServer) -> None:
+    client = embedder.client()  # asks for base64 unless told otherwise
+    by_base64 = client.embeddings.create(model="fake", input="abc").data[0].embedding
+    assert by_base64 == client.embeddings.create(model="fake", input="abc", encoding_format="float").data[0].embedding
+
+
+def test_base64_is_little_endian_float32(embedder: LiveServer) -> None:
+    body = {"input": [5, 6, 7], "encoding_format": "base64"}
+    found = embedder.post("/v1/embeddings", body).json()["data"][0]["embedding"]
+    assert struct.unpack("<4f", base64.b64decode(found)) == pytest.approx((3, 5, 7, 0.1))
+
+
+def test_token_ids(embedder: LiveServer) -> None:
+    client = embedder.client()
+    one = client.embeddings.create(model="fake", input=[5, 6, 7], encoding_format="float")
+    assert [e.embedding[:3] for e in one.data] == [[3, 5, 7]]
+    two = client.embeddings.create(model="fake", input=[[5, 6, 7], [8]], encoding_format="float")
+    assert [e.embedding[:3] for e in two.data] == [[3, 5, 7], [1, 8, 8]]
+
+
+def test_many_inputs_keep_their_order(embedder: LiveServer) -> None:
+    answer = embedder.client().embeddings.create(model="fake", input=[[i] for i in range(250)], encoding_format="float")
+    assert [e.embedding[1] for e in answer.data] == list(range(250))
+
+
+def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:
+    answer = embedder.post("/v1/embeddings", {"input": ["a", "<fail>"]})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "this request cannot be computed"
+    assert embedder.post("/v1/embeddings", {"input": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [[]]}, "input"),
+        ({"input": ["a", ""]}, "input"),
+        ({"input": ["a", 1]}, "input"),
+        ({"input": "x" * 513}, "input"),
+        ({"input": [400]}, "input"),
+        ({"input": [-1]}, "input"),
+        ({"input": "a", "dimensions": 3}, "dimensions"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+        ({"input": "a", "inputs": "a"}, "inputs"),
+        ({}, "input"),
+    ],
+)
+def test_bad_input(embedder: LiveServer, body: dict[str, object], param: str) -> None:
+    answer = embedder.post("/v1/embeddings", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_model_of_the_other_kind(embedder: LiveServer, server: LiveServer) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for answer in (
+        embedder.post("/v1/chat/completions", chat),
+        embedder.post("/v1/completions", {"prompt": "a"}),
+        server.post("/v1/embeddings", {"input": "a"}),
+    ):
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "model"
+        assert "does not" in answer.json()["error"]["message"]
