@@ -14,16 +14,13 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
+from pjengine.models.embedded import cache_directory
+
 K = TypeVar("K", bound=Hashable)
 
 logger = logging.getLogger(__name__)
 
 _COMPILE_STACK = 64 << 20  # bytes; XLA recurses deeply over unrolled layers
-
-
-def cache_home() -> Path:
-    """The project's folder in the XDG cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pjengine"
 
 
 def use_compile_cache(directory: str | None) -> None:
@@ -34,7 +31,7 @@ def use_compile_cache(directory: str | None) -> None:
     """
     if directory == "" or jax.config.jax_compilation_cache_dir is not None:
         return
-    path = Path(directory) if directory else cache_home() / "compiled"
+    path = Path(directory) if directory else cache_directory() / "compiled"
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

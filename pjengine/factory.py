@@ -47,9 +47,7 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
       KernelUnavailable: no attention backend can serve it here.
     """
     started = time.monotonic()
-    # Read when JAX first touches the device; a program that has done so already keeps its own setting.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
-    use_compile_cache(config.compile_cache)
+    prepare_device(config)
     source = resolve(config.model, config.load_format)
     module, model_config = model_of(source)
     dtype = choose_dtype(source, config.dtype)
@@ -59,6 +57,12 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
     engine = make(config, source, module, model_config, params, dtype, progress)
     logger.info("ready in %.1f s: %s", time.monotonic() - started, engine.info)
     return engine
+
+
+def prepare_device(config: EngineConfig) -> None:
+    """Settings that JAX reads when it first touches the device; a program that has done so already keeps its own."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    use_compile_cache(config.compile_cache)
 
 
 def _make_generator(

@@ -114,7 +114,7 @@ class ModelRunner:
     ):
         self.shape = shape
         self._eos = eos
-        self._params = params
+        self.params = params
         self._jit_sample = jax.jit(_sample_step, donate_argnums=1, static_argnums=3)
         self._set_slot = jax.jit(set_slot, donate_argnums=0)
         self._prompt_logprobs = prompt_logprobs_function(module, model_config)
@@ -133,6 +133,9 @@ class ModelRunner:
         keys = [SamplerKey(rows, v) for rows in sorted({b.rows for b in shape.buckets}) for v in Variant]
         self._samplers = compile_all({k: functools.partial(self._lower_sampler, k) for k in keys}, "samplers", progress)
         self._cache = make_cache(cache_shapes)
+        self.kv_bytes_per_token = (
+            sum(x.dtype.itemsize * x.size // x.shape[0] for x in jax.tree.leaves(cache_shapes)) // shape.page_size
+        )
         self._state: SamplerState = init_state(shape.slots, shape.vocab_size)
 
     def dispatch(self, batch: Batch, copies: Sequence[PageCopy]) -> RunningStep:
@@ -144,13 +147,13 @@ class ModelRunner:
                 self._load_slot(seq)
         bucket = self.bucket_for(batch)
         packed = fill_forward(batch, bucket, self._layouts[bucket], self._tables)
-        logits, hidden, self._cache = self._forward[bucket](self._params, self._cache, self._state.tail, packed)
+        logits, hidden, self._cache = self._forward[bucket](self.params, self._cache, self._state.tail, packed)
         key = sampler_key(batch, bucket.rows, self._eos)
         packed = fill_sampler(batch, key, sampler_layout(key), self.shape.slots, self._eos)
         sampled, self._state = self._sampler(key)(logits, self._state, packed)
         prompt_logprobs = None
         if any(wants_prompt_logprobs(row) for row in batch.rows):
-            prompt_logprobs = self._prompt_logprobs(self._params, hidden, _next_tokens(batch, bucket))
+            prompt_logprobs = self._prompt_logprobs(self.params, hidden, _next_tokens(batch, bucket))
         for array in jax.tree.leaves((sampled, prompt_logprobs)):
             array.copy_to_host_async()
         return RunningStep(batch, sampled, prompt_logprobs)

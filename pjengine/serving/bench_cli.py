@@ -129,16 +129,17 @@ def _measure(
     with reported_errors():
         from pjengine.bench import report, roofline
         from pjengine.embedding_engine import EmbeddingEngine
-        from pjengine.factory import make_engine
+        from pjengine.factory import make_engine, prepare_device
 
         # Repeated prompts must cost what they cost.
         config = dataclasses.replace(config, enable_prefix_caching=False)
+        prepare_device(config)
+        ceiling = roofline.measure()  # before the engine takes the memory
         engine = make_engine(config)
         if isinstance(engine, EmbeddingEngine) != (name == "embed"):
             raise ConfigError(
                 f"model: {config.model} is of kind {engine.info.kind}; `pjengine bench {name}` needs the other"
             )
-        ceiling = roofline.measure()
         print(f"{engine.info.device}: {ceiling}")
         found = rows(engine, ceiling)
         report.show(f"{name}, {config.model}", found)
