@@ -91,7 +91,7 @@ def test_llama_2_without_newer_fields() -> None:
     hf = {field: value for field, value in BASE.items() if field != "num_key_value_heads"}
     config = llama.Config.from_hf(hf | {"torch_dtype": "float16", "pretraining_tp": 1})
     assert (config.num_kv_heads, config.head_dim, config.rope.theta) == (4, 16, 10000.0)
-    assert not config.tie_word_embeddings
+    assert (config.rms_norm_eps, config.tie_word_embeddings) == (1e-5, False)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (False,) * 4
 
 

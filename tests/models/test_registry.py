@@ -13,7 +13,7 @@ import pytest
 
 from pjengine.errors import ModelError
 from pjengine.models import registry
-from pjengine.models.params import ParamSpec, is_spec
+from pjengine.models.params import ParamSpec, init_params, is_spec
 from pjengine.step_inputs import CacheSpec, packed_inputs
 from tests.helpers import GOLDEN
 
@@ -84,6 +84,38 @@ def test_forward_keeps_the_dtype_of_its_params(model_type: str, dtype: str) -> N
     if model_type not in ENCODERS:
         logits = jax.eval_shape(lambda p, h: model.logits(p, h, config), params, hidden)
         assert (logits.shape, logits.dtype) == ((3, config.vocab_size), jnp.float32)
+
+
+@every_model
+def test_float32_products_are_not_tf32(model_type: str) -> None:
+    """A GPU multiplies float32 in TF32 unless each product asks for more."""
+    model, config = registry.get(model_type), golden_config(model_type)
+    params = init_params(model.param_specs(config), "float32")
+
+    def outputs(params: Any) -> jax.Array:
+        hidden, _ = model.forward(params, packed_inputs([[1, 2], [3]]), None, config)
+        return hidden if model_type in ENCODERS else model.logits(params, hidden, config)
+
+    products = [line for line in jax.jit(outputs).lower(params).as_text().splitlines() if "dot_general" in line]
+    assert len(products) >= 4
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_gradients_agree_with_finite_differences(model_type: str) -> None:
+    model, config = registry.get(model_type), golden_config(model_type)
+    params = init_params(model.param_specs(config), "float32", seed=1)
+    target = jax.random.normal(jax.random.key(2), (5, config.hidden_size))
+
+    @jax.jit
+    def loss(params: Any) -> jax.Array:
+        hidden, _ = model.forward(params, packed_inputs([[1, 2, 3], [4, 5]], backend="reference"), None, config)
+        return (hidden * target).sum()
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    length = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradients)))
+    up, down = (jax.tree.map(lambda p, g, s=s: p + s / length * g, params, gradients) for s in (1e-3, -1e-3))
+    assert (loss(up) - loss(down)) / 2e-3 == pytest.approx(float(length), rel=1e-2)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "layers", "registry", "", "os"])
