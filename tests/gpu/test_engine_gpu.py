@@ -1,0 +1,139 @@
+"""The engine and whole models on the GPU, with the kernels that serve them there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjengine.config import EngineConfig
+from pjengine.engine import Engine
+from pjengine.errors import ModelError
+from pjengine.factory import make_engine
+from pjengine.models import llama
+from pjengine.models.embedded import fetch
+from pjengine.models.loading import load
+from pjengine.models.params import init_params
+from pjengine.request import Request
+from pjengine.sampling_params import SamplingParams
+from pjengine.step_inputs import KVCache, StepInputs, packed_inputs
+from tests.helpers import PagedSequences, load_golden, relative_error, split_rows
+
+pytestmark = pytest.mark.gpu
+
+LLAMA_8B = Path(__file__).parents[2] / "benchmarks" / "llama-3.1-8b"
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> str:
+    """The model's name, where it is cached or can be fetched."""
+    try:
+        fetch(SMOLLM2)
+    except ModelError as error:
+        pytest.skip(f"SmolLM2 is not at hand: {error}")
+    return SMOLLM2
+
+
+def run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    texts: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for output in engine.step():
+            texts[int(output.request_id)] += output.token_ids
+    engine.check_integrity()
+    return texts
+
+
+def test_smollm2_greedy_text_in_float32(smollm2: str) -> None:
+    """Through the whole engine: transformers' text up to the first step without a clear margin."""
+    golden, _ = load_golden(SMOLLM2)
+    expected = split_rows(golden["tokens"], golden["starts"])
+    prompts = [row[:n] for row, n in zip(expected, golden["prompt_lens"], strict=True)]
+    config = EngineConfig.make(
+        smollm2, dtype="float32", max_num_seqs=8, max_num_batched_tokens=256, max_model_len=1024, num_pages=256
+    )
+    engine = make_engine(config, progress=False)
+    assert isinstance(engine, Engine)
+    texts = run(engine, prompts, SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))
+    margins = golden["top_logits"][..., 0] - golden["top_logits"][..., 1]
+    for prompt, text, want, unclear in zip(prompts, texts, expected, margins < 1e-3, strict=True):
+        end = int(np.argmax(unclear)) if unclear.any() else 64
+        assert text[:end] == want[len(prompt) : len(prompt) + end]
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["chunks", "decode"])
+def test_smollm2_logits_in_bfloat16(smollm2: str, decode: bool) -> None:
+    """Over shuffled pages full of NaN, with the kernels: 3 query heads per KV head, head size 64."""
+    model, params, config = load(smollm2, dtype="bfloat16")
+    golden, _ = load_golden(SMOLLM2)
+    rows = split_rows(golden["tokens"], golden["starts"])
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def hidden_states(params: Any, inputs: StepInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return model.forward(params, inputs, cache, config)
+
+    sequences = PagedSequences(rows, model.cache_specs(config), "bfloat16", page_size=64)
+    chunks, tokens = ([1] * 8, 8) if decode else ([5, 16, 33, 64, 1, 7, 100, 30], 256)
+    hidden = sequences.run(functools.partial(hidden_states, params), chunks, tokens, decode=decode)
+    first = golden["starts"][:-1] + golden["prompt_lens"] - 1
+    chosen = (first[:, None] + np.arange(64)).ravel()
+    logits = np.asarray(jax.jit(model.logits, static_argnums=2)(params, jnp.asarray(hidden[chosen]), config))
+    assert relative_error(logits[:, golden["columns"]].reshape(golden["logits"].shape), golden["logits"]) < 2e-2
+
+
+@pytest.fixture(scope="module")
+def llama_8b() -> Engine:
+    config = EngineConfig.make(
+        str(LLAMA_8B),
+        load_format="dummy",
+        max_num_seqs=64,
+        max_num_batched_tokens=2048,
+        max_model_len=4096,
+        num_pages=1024,
+    )
+    engine = make_engine(config, progress=False)
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def test_llama_8b_serves_64_requests_at_once(llama_8b: Engine) -> None:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 128_000, n).tolist() for n in random.integers(1, 700, 64)]
+    params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+    texts = run(llama_8b, prompts, params)
+    assert [len(text) for text in texts] == [48] * 64
+    assert run(llama_8b, prompts, params) == texts
+    assert llama_8b.stats().used_pages == 0
+
+
+def test_llama_8b_logits_against_float32(llama_8b: Engine) -> None:
+    """Engine's log-probabilities path aside: hidden states over pages in ragged chunks, bf16, against float32 without pages."""
+    del llama_8b  # compiled first, so that its memory is claimed before this test's
+    config = dataclasses.replace(
+        llama.Config.from_hf(json.loads((LLAMA_8B / "config.json").read_text())), num_layers=8, windows=(None,) * 8
+    )
+    params = init_params(llama.param_specs(config), "bfloat16", seed=1)
+    random = np.random.default_rng(1)
+    rows = [random.integers(0, 128_000, n).tolist() for n in random.integers(1, 200, 64)]
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(params: Any, inputs: StepInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return llama.forward(params, inputs, cache, config)
+
+    sequences = PagedSequences(rows, llama.cache_specs(config), "bfloat16", page_size=64)
+    hidden = sequences.run(functools.partial(step, params), random.integers(1, 150, 64).tolist(), 8192)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    inputs = packed_inputs(rows, backend="reference")
+    expected, _ = jax.jit(lambda p, i: llama.forward(p, i, None, config))(wide, inputs)
+    last = np.asarray(inputs.last_tokens)
+    logits = llama.logits(params, jnp.asarray(hidden[last]), config)
+    assert relative_error(logits, llama.logits(wide, expected[last], config)) < 3e-2
