@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from pjengine.sampling_params import SamplingParams
     from pjengine.tokenizer import Tokenizer
 
-_CONTEXT = 8  # tokens kept to the left: what a token's text may depend on, and more than the bytes of a character
-_WINDOW = 32  # tokens decoded again with each push, at most (but for sequences of tokens without any text)
-_INCOMPLETE = "\ufffd"
+_PROMPT_CONTEXT = 8  # prompt tokens that the first text may depend on: more than a character has bytes
+_UNREADABLE = "\ufffd"  # what bytes that are no character, or not yet, are decoded to
+_LONGEST_CHARACTER = 16  # tokens; more that end in no character will not become one
 
 
 class Detokenizer:
@@ -19,7 +20,7 @@ class Detokenizer:
 
     The pieces put together are the text of all tokens, cut at the stop string that is complete first; of several
     complete at one character, the longest. A character is given out once all its bytes are there, and text that may
-    begin a stop string once it cannot.
+    begin a stop string once it cannot. How tokens are divided among calls makes no difference.
 
     Args:
       tokenizer: of the model.
@@ -40,10 +41,8 @@ class Detokenizer:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
     ):
-        self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._window = self._visible(prompt_ids[-2 * _CONTEXT :])[-_CONTEXT:]
-        self._given = len(_complete(self._decode(self._window)))
+        self._characters = _characters(tokenizer, self._visible(prompt_ids[-2 * _PROMPT_CONTEXT :])[-_PROMPT_CONTEXT:])
         self._stops = [_StopString(s) for s in stop]
         self._keep_stop = include_stop_str_in_output
         self._unsearched_tokens = min_tokens
@@ -70,37 +69,18 @@ class Detokenizer:
         """
         if self._stopped is not None:
             return "", self._stopped
-        text = ""
-        if self._unsearched_tokens and token_ids:
-            count = min(self._unsearched_tokens, len(token_ids))
-            text, token_ids = self._detokenize(token_ids[:count], finished=False), token_ids[count:]
-            self._unsearched_tokens -= count
-        return text + self._up_to_stop(self._detokenize(token_ids, finished), finished), self._stopped
-
-    def _detokenize(self, token_ids: Sequence[int], finished: bool) -> str:
-        self._window += self._visible(token_ids)
-        text = self._decode(self._window)
-        end = len(text if finished else _complete(text))
-        new = text[self._given : end]
-        self._given = max(self._given, end)
-        if len(self._window) > _WINDOW:
-            self._shorten(text)
-        return new
-
-    def _shorten(self, text: str) -> None:
-        """Forgets tokens whose text was given out, unless the rest would read differently without them."""
-        # A character has 4 tokens at most: one of these tails begins with a character.
-        for size in range(_CONTEXT, _CONTEXT + 4):
-            tail = self._decode(self._window[-size:])
-            if tail and text.endswith(tail) and len(text) - len(tail) <= self._given:
-                self._window = self._window[-size:]
-                self._given -= len(text) - len(tail)
-                return
+        count = min(self._unsearched_tokens, len(token_ids))
+        self._unsearched_tokens -= count
+        unsearched = self._characters.push(self._visible(token_ids[:count]))
+        searched = self._characters.push(self._visible(token_ids[count:]))
+        if finished:
+            searched += self._characters.finish()
+        return unsearched + self._up_to_stop(searched, finished), self._stopped
 
     def _up_to_stop(self, text: str, finished: bool) -> str:
         start = len(self._held)
         self._held += text
-        for end, character in enumerate(text, start + 1):
+        for end, character in enumerate(text if self._stops else "", start + 1):
             complete = [stop for stop in self._stops if stop.advance(character)]
             if complete:
                 self._stopped = max((stop.text for stop in complete), key=len)
@@ -110,8 +90,70 @@ class Detokenizer:
         text, self._held = self._held[:given], self._held[given:]
         return text
 
-    def _visible(self, token_ids: Sequence[int]) -> list[int]:
+    def _visible(self, token_ids: Iterable[int]) -> list[int]:
         return [token for token in token_ids if token not in self._skipped]
+
+
+class _Characters(Protocol):
+    """Whole characters out of tokens."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The characters that these tokens complete."""
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for bytes that became no character."""
+
+
+def _characters(tokenizer: Tokenizer, prompt_ids: list[int]) -> _Characters:
+    if tokenizer.token_bytes is not None:
+        return _FromBytes(tokenizer.token_bytes, prompt_ids)
+    return _FromContext(tokenizer, prompt_ids)
+
+
+class _FromBytes:
+    """For byte-level vocabularies: a token is the same bytes wherever it stands."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], prompt_ids: Sequence[int]):
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.push(prompt_ids)  # it may end within a character
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _FromContext:
+    """For all others: a token's text is what it adds to the text of those before it.
+
+    Decoding starts anew wherever a character ended, as in text-generation-inference, so that bytes that spell no
+    character no character cannot spoil those before them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
+        self._tokenizer = tokenizer
+        self._context = prompt_ids
+        self._context_text = self._decode(prompt_ids)
+        self._pending: list[int] = []
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(self._push(token) for token in token_ids)
+
+    def finish(self) -> str:
+        return self._decode(self._context + self._pending)[len(self._context_text) :] if self._pending else ""
+
+    def _push(self, token: int) -> str:
+        self._pending.append(token)
+        text = self._decode(self._context + self._pending)
+        if text.endswith(_UNREADABLE) and len(self._pending) < _LONGEST_CHARACTER:
+            return ""
+        new = text[len(self._context_text) :]
+        if new:
+            self._context, self._context_text = self._pending, self._decode(self._pending)
+        self._pending = []
+        return new
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
@@ -140,8 +182,3 @@ class _StopString:
         while matched and (matched == len(self.text) or self.text[matched] != character):
             matched = self._shorter[matched - 1]
         return matched + (self.text[matched] == character)
-
-
-def _complete(text: str) -> str:
-    """Without the character at the end whose bytes may not all be there yet."""
-    return text[:-1] if text.endswith(_INCOMPLETE) else text

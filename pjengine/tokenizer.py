@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+import tokenizers.decoders
 
 from pjengine.chat_template import ChatTemplate, Message
 from pjengine.errors import InvalidRequest, ModelError
@@ -35,6 +37,8 @@ class Tokenizer:
       backend: for libraries that take a `tokenizers.Tokenizer`; not to be changed.
       bos_token_id, eos_token_id, pad_token_id: None where the model has none.
       special_ids: the tokens that `skip_special_tokens` leaves out.
+      token_bytes: the bytes of a token id (b"" for an unknown one), in byte-level vocabularies; None in others, where
+        they depend on the tokens around.
       chat_template: None where the model has none.
     """
 
@@ -45,6 +49,8 @@ class Tokenizer:
         self.eos_token_id = self._id_of(special.get("eos_token"))
         self.pad_token_id = self._id_of(special.get("pad_token"))
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        byte_level = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        self.token_bytes = functools.lru_cache(maxsize=None)(self._token_bytes) if byte_level else None
         templates = _templates(config.get("chat_template"))
         self.chat_template = ChatTemplate(templates, special) if templates else None
 
@@ -126,8 +132,23 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
 
+    def _token_bytes(self, token_id: int) -> bytes:
+        token = self.backend.id_to_token(token_id) or ""
+        alphabet = _byte_of_character()
+        if all(character in alphabet for character in token):
+            return bytes(alphabet[character] for character in token)
+        return token.encode("utf-8")  # an added token
+
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """The byte each character of a byte-level vocabulary stands for (GPT-2's bytes_to_unicode, inverted)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _check_unicode(texts: Sequence[str]) -> None:
