@@ -10,7 +10,7 @@ import jax
 
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import gelu, layer_norm, linear, split_heads
-from pjengine.models.params import ParamSpec
+from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.pallas_kernels import packed_attention
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
@@ -70,20 +70,17 @@ def param_specs(config: Config) -> dict[str, Any]:
 
 
 def _layer_specs(config: Config, prefix: str) -> dict[str, ParamSpec]:
-    hidden, mlp = config.hidden_size, config.mlp_size
-    specs: dict[str, ParamSpec] = {}
-    for name, (size_in, axis_in), (size_out, axis_out), modules in (
-        ("qkv", (hidden, "embed"), (3 * hidden, "qkv"), [f"attention.self.{m}" for m in ("query", "key", "value")]),
-        ("o", (hidden, "heads"), (hidden, "embed"), ["attention.output.dense"]),
-        ("up", (hidden, "embed"), (mlp, "mlp"), ["intermediate.dense"]),
-        ("down", (mlp, "mlp"), (hidden, "embed"), ["output.dense"]),
-    ):
-        weights, biases = ([f"{prefix}.{m}.{kind}" for m in modules] for kind in ("weight", "bias"))
-        specs[name] = ParamSpec((size_in, size_out), (axis_in, axis_out), tuple(weights), transpose=True)
-        specs[f"{name}_bias"] = ParamSpec((size_out,), (axis_out,), tuple(biases), init="zeros")
-    specs |= _norm_specs("attn_norm", f"{prefix}.attention.output.LayerNorm", hidden)
-    specs |= _norm_specs("mlp_norm", f"{prefix}.output.LayerNorm", hidden)
-    return specs
+    hidden, mlp = ("embed", config.hidden_size), ("mlp", config.mlp_size)
+    heads, qkv = ("heads", config.hidden_size), ("qkv", 3 * config.hidden_size)
+    projections = [f"{prefix}.attention.self.{module}" for module in ("query", "key", "value")]
+    return {
+        **linear_specs("qkv", hidden, qkv, projections, bias=True),
+        **linear_specs("o", heads, hidden, [f"{prefix}.attention.output.dense"], bias=True),
+        **_norm_specs("attn_norm", f"{prefix}.attention.output.LayerNorm", config.hidden_size),
+        **linear_specs("up", hidden, mlp, [f"{prefix}.intermediate.dense"], bias=True),
+        **linear_specs("down", mlp, hidden, [f"{prefix}.output.dense"], bias=True),
+        **_norm_specs("mlp_norm", f"{prefix}.output.LayerNorm", config.hidden_size),
+    }
 
 
 def _norm_specs(name: str, source: str, size: int) -> dict[str, ParamSpec]:

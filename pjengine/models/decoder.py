@@ -11,7 +11,7 @@ import jax
 from pjengine.errors import ModelError
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import causal_attention, linear, rms_norm, split_heads, swiglu, unembed
-from pjengine.models.params import ParamSpec
+from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.rope import Rope
 from pjengine.step_inputs import CacheSpec, KVCache, LayerCache, StepInputs
 
@@ -85,28 +85,26 @@ def param_specs(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _layer_specs(config: DecoderConfig, prefix: str) -> dict[str, ParamSpec]:
-    hidden, mlp, head_dim = config.hidden_size, config.mlp_size, config.head_dim
-    q_size, qkv_size = config.num_heads * head_dim, (config.num_heads + 2 * config.num_kv_heads) * head_dim
+    head_dim = config.head_dim
+    hidden, heads = ("embed", config.hidden_size), ("heads", config.num_heads * head_dim)
+    qkv = ("qkv", (config.num_heads + 2 * config.num_kv_heads) * head_dim)
+    mlp, gate_up = ("mlp", config.mlp_size), ("gate_up", 2 * config.mlp_size)
+    q_k_v = [f"{prefix}.self_attn.{m}_proj" for m in ("q", "k", "v")]
+    gate_and_up = [f"{prefix}.mlp.{m}_proj" for m in ("gate", "up")]
 
     def norm(size: int, name: str) -> ParamSpec:
         return ParamSpec((size,), (None,), (f"{prefix}.{name}.weight",), init="ones")
 
     specs = {
-        "attn_norm": norm(hidden, "input_layernorm"),
-        "mlp_norm": norm(hidden, "post_attention_layernorm"),
+        "attn_norm": norm(config.hidden_size, "input_layernorm"),
+        **linear_specs("qkv", hidden, qkv, q_k_v, bias=config.qkv_bias),
+        **linear_specs("o", heads, hidden, [f"{prefix}.self_attn.o_proj"], bias=config.o_bias),
+        "mlp_norm": norm(config.hidden_size, "post_attention_layernorm"),
+        **linear_specs("gate_up", hidden, gate_up, gate_and_up, bias=config.mlp_bias),
+        **linear_specs("down", mlp, hidden, [f"{prefix}.mlp.down_proj"], bias=config.mlp_bias),
     }
     if config.qk_norm:
         specs |= {"q_norm": norm(head_dim, "self_attn.q_norm"), "k_norm": norm(head_dim, "self_attn.k_norm")}
-    for name, (size_in, axis_in), (size_out, axis_out), modules, bias in (
-        ("qkv", (hidden, "embed"), (qkv_size, "qkv"), [f"self_attn.{m}_proj" for m in "qkv"], config.qkv_bias),
-        ("o", (q_size, "heads"), (hidden, "embed"), ["self_attn.o_proj"], config.o_bias),
-        ("gate_up", (hidden, "embed"), (2 * mlp, "gate_up"), ["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias),
-        ("down", (mlp, "mlp"), (hidden, "embed"), ["mlp.down_proj"], config.mlp_bias),
-    ):
-        weights, biases = ([f"{prefix}.{m}.{kind}" for m in modules] for kind in ("weight", "bias"))
-        specs[name] = ParamSpec((size_in, size_out), (axis_in, axis_out), tuple(weights), transpose=True)
-        if bias:
-            specs[f"{name}_bias"] = ParamSpec((size_out,), (axis_out,), tuple(biases), init="zeros")
     return specs
 
 

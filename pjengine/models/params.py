@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ class ParamSpec:
 
     Attributes:
       shape: of the array as `forward` uses it (matrices as [in, out]: `x @ w`).
-      axes: a logical axis name (or None) per dimension, for sharding: "vocab", "embed", "heads", "kv_heads", "mlp", ….
+      axes: a logical axis name (or None) per dimension, for sharding: "vocab", "embed", "heads", "mlp", and "qkv" and
+        "gate_up", whose parts stand side by side.
       init: "normal" (std 0.02), "zeros" or "ones".
-      sources: checkpoint tensor names whose rows, concatenated along axis 0 as stored ([out, in]), make this weight; more
-        than one for a fused weight (Q, K, V). Transposed on loading where `transpose`.
+      sources: checkpoint tensor names whose rows, concatenated along axis 0 as stored ([out, in]), make this weight;
+        more than one for a fused weight (Q, K, V). Transposed on loading where `transpose`.
       transpose: the checkpoint stores [out, in] (torch.nn.Linear).
       dtype: overrides the model's dtype (for weights that must stay float32); None: the model's.
     """
@@ -41,6 +43,23 @@ class ParamSpec:
         return math.prod(self.shape) * jnp.dtype(self.dtype or dtype).itemsize
 
 
+def linear_specs(
+    name: str, inputs: tuple[str, int], outputs: tuple[str, int], modules: Sequence[str], *, bias: bool
+) -> dict[str, ParamSpec]:
+    """Weight and, where asked for, bias ("{name}_bias") of a linear layer; several modules fuse side by side.
+
+    Args:
+      inputs, outputs: logical axis and size.
+      modules: checkpoint names of the torch.nn.Linear modules, without ".weight" and ".bias".
+    """
+    (axis_in, size_in), (axis_out, size_out) = inputs, outputs
+    weights, biases = (tuple(f"{module}.{kind}" for module in modules) for kind in ("weight", "bias"))
+    specs = {name: ParamSpec((size_in, size_out), (axis_in, axis_out), weights, transpose=True)}
+    if bias:
+        specs[f"{name}_bias"] = ParamSpec((size_out,), (axis_out,), biases, init="zeros")
+    return specs
+
+
 def is_spec(x: object) -> bool:
     return isinstance(x, ParamSpec)
 
@@ -56,8 +75,8 @@ def init_params(specs: Any, dtype: Any, seed: int = 0) -> Any:
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
     draw = jax.jit(_draw, static_argnums=(1, 2, 3))
     keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
-    return treedef.unflatten(
-        [draw(k, s.shape, jnp.dtype(s.dtype or dtype).name, s.init) for k, s in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(
+        treedef, [draw(k, s.shape, jnp.dtype(s.dtype or dtype).name, s.init) for k, s in zip(keys, leaves, strict=True)]
     )
 
 
