@@ -1,7 +1,7 @@
 """From the host's plan of a step to the arrays its executables read.
 
-Everything of a step travels to the device as one int32 buffer (floats as their bits): one transfer a step. `Layout` says where
-each field lies; the executables cut the same fields out again.
+Everything of a step travels to the device as one int32 buffer (floats as their bits): one transfer a step. `Layout`
+says where each field lies; the executables cut the same fields out again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Layout:
 
 def forward_layout(bucket: Bucket, groups: int, max_pages: int) -> Layout:
     tokens, rows = bucket.tokens, bucket.rows
-    fields = [
+    fields: list[tuple[str, tuple[int, ...], str]] = [
         ("token_ids", (tokens,), "int32"),
         ("positions", (tokens,), "int32"),
         ("query_starts", (rows + 1,), "int32"),
@@ -83,8 +83,8 @@ def forward_layout(bucket: Bucket, groups: int, max_pages: int) -> Layout:
 class BlockTables:
     """The block tables of all slots on the host: [slots, max_pages] per group, kept up to date step by step.
 
-    A running sequence's table changes only from the page of its first computed token on, so only that part is copied; pages
-    that a window has left keep their old entry, which the mask hides.
+    A running sequence's table changes only from the page of its first computed token on, so only that part is copied;
+    pages that a window has left keep their old entry, which the mask hides.
     """
 
     def __init__(self, groups: int, slots: int, max_pages: int, page_size: int):

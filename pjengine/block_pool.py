@@ -12,8 +12,8 @@ class BlockPool:
     """Fixed pages with reference counts.
 
     A page is held (references > 0) or free. A full page may be registered under the hash of everything up to its end;
-    it keeps the registration when it becomes free, so that a later prompt can take it back, until it is handed out for new content.
-    Free pages are handed out least recently used first, those with nothing to reuse before all others.
+    it keeps the registration when it becomes free, so that a later prompt can take it back, until it is handed out for
+    new content. Free pages are handed out least recently used first, those with nothing to reuse before all others.
     """
 
     def __init__(self, num_pages: int):
@@ -80,7 +80,9 @@ class BlockPool:
             self._hash_of[page] = None
 
     def check_integrity(self, holders: Iterable[int]) -> None:
-        """Raises RuntimeError unless `holders` (each page once per holder) explain every reference and every free page."""
+        """Raises RuntimeError unless `holders` (each page once per holder) explain every reference and every free
+        page.
+        """
         expected = Counter(holders)
         problems = [
             f"page {p}: {self._references[p]} references, {expected[p]} holders"

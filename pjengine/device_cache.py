@@ -16,12 +16,12 @@ from pjengine.step_inputs import CacheSpec, KVCache, LayerCache, cache_groups
 _COPY_BATCH = 64  # page copies per call: one shape to compile
 
 
-def cache_shapes(specs: Sequence[CacheSpec], pages: Sequence[int], page_size: int, dtype: Any) -> KVCache:
+def cache_shapes(specs: Sequence[CacheSpec], pages: Sequence[int], page_size: int, dtype: Any) -> Any:
     """A KVCache of `jax.ShapeDtypeStruct`s. pages: of each group."""
     groups = cache_groups(specs)
     layers = []
     for spec, group in zip(specs, groups, strict=True):
-        shape = jax.ShapeDtypeStruct((pages[group], spec.kv_heads, page_size, spec.head_dim), dtype)
+        shape: Any = jax.ShapeDtypeStruct((pages[group], spec.kv_heads, page_size, spec.head_dim), dtype)
         layers.append(LayerCache(shape, shape))
     return KVCache(tuple(layers), groups)
 
@@ -60,4 +60,4 @@ def _copy(cache: KVCache, pairs: jax.Array, group: int) -> KVCache:
         LayerCache(copy(layer.k), copy(layer.v)) if g == group else layer
         for layer, g in zip(cache.layers, cache.groups, strict=True)
     )
-    return cache.replace(layers=layers)
+    return KVCache(layers, cache.groups)

@@ -11,6 +11,7 @@ from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request, Timings
+from pjengine.request_checks import check_prompt
 
 
 class Batch(Protocol):
@@ -18,7 +19,9 @@ class Batch(Protocol):
 
 
 class Runner(Protocol):
-    """Embeds at most `max_rows` sequences of at most `budget` tokens in all per call, without waiting for the device."""
+    """Embeds at most `max_rows` sequences of at most `budget` tokens in all per call, without waiting for the
+    device.
+    """
 
     budget: int
     max_rows: int
@@ -29,7 +32,8 @@ class Runner(Protocol):
 class EmbeddingEngine:
     """The face of `Engine`, for encoders. Not thread-safe: one thread calls it.
 
-    Batches form by token count. While one runs, the next is packed and dispatched, so a step returns the vectors of the one before.
+    Batches form by token count. While one runs, the next is packed and dispatched, so a step returns the vectors of
+    the one before.
     """
 
     def __init__(self, info: EngineInfo, runner: Runner, max_waiting: int = 16384):
@@ -60,19 +64,7 @@ class EmbeddingEngine:
             )
         if request.request_id in self._waiting or request.request_id in self._running:
             raise InvalidRequest(f"request_id: {request.request_id!r} is in use by an open request", field="request_id")
-        if not prompt:
-            raise InvalidRequest("input: needs at least one token", field="input")
-        outside = next((t for t in prompt if not 0 <= t < info.vocab_size), None)
-        if outside is not None:
-            raise InvalidRequest(
-                f"input: token id {outside} is outside the vocabulary of {info.vocab_size}", field="input"
-            )
-        if len(prompt) > info.max_model_len:
-            raise InvalidRequest(
-                f"input: {len(prompt)} tokens exceed the window of {info.max_model_len}; shorten it",
-                field="input",
-                code="context_length_exceeded",
-            )
+        check_prompt(prompt, info, field="input")
         if len(self._waiting) >= self.max_waiting:
             raise EngineOverloaded(f"{len(self._waiting)} requests are waiting (max_waiting); retry later")
         arrival = request.arrival_time if request.arrival_time is not None else time.monotonic()

@@ -16,6 +16,7 @@ from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.kv_cache import PageCopy
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request, Timings, TokenLogprobs
+from pjengine.request_checks import check_max_tokens, check_params, check_prompt
 from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Batch, Row, Scheduler
 from pjengine.sequence import Sequence, Status
@@ -45,8 +46,10 @@ class Runner(Protocol):
 class Engine:
     """Continuous batching over one model. Not thread-safe: one thread calls it.
 
-    The device never waits for the host: while a step runs, the next one is scheduled and dispatched; its unknown input tokens are
-    read from a device table. So the host learns a step's tokens one call of `step` late, and what was computed past a stop is dropped.
+    The device never waits for the host: while a step runs, the next one is scheduled and dispatched; its unknown input
+    tokens are read from a device table. So the host learns a step's tokens one call of `step` late, and what was
+    computed past a
+    stop is dropped.
     """
 
     def __init__(self, info: EngineInfo, scheduler: Scheduler, runner: Runner, max_waiting: int = 16384, seed: int = 0):
@@ -101,7 +104,9 @@ class Engine:
         self._requests[request.request_id] = sequences
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its sequences, and frees its pages. Unknown ids are ignored: it may just have finished."""
+        """Ends a request, or one of its sequences, and frees its pages. Unknown ids are ignored: it may just have
+        finished.
+        """
         sequences = self._requests.get(request_id, {})
         for i in [index] if index is not None else list(sequences):
             if i in sequences:
@@ -151,38 +156,9 @@ class Engine:
             )
         if request.request_id in self._requests:
             raise InvalidRequest(f"request_id: {request.request_id!r} is in use by an open request", field="request_id")
-        if not prompt:
-            raise InvalidRequest("prompt: needs at least one token", field="prompt")
-        out_of_range = next((t for t in prompt if not 0 <= t < info.vocab_size), None)
-        if out_of_range is not None:
-            raise InvalidRequest(
-                f"prompt: token id {out_of_range} is outside the vocabulary of {info.vocab_size}", field="prompt"
-            )
-        if len(prompt) >= info.max_model_len:
-            raise InvalidRequest(
-                f"prompt: {len(prompt)} tokens leave no room to generate in the window of {info.max_model_len} tokens; shorten it",
-                field="prompt",
-                code="context_length_exceeded",
-            )
-        if params.max_tokens is not None and len(prompt) + params.max_tokens > info.max_model_len:
-            raise InvalidRequest(
-                f"max_tokens: {params.max_tokens} after a prompt of {len(prompt)} tokens exceeds the window of {info.max_model_len} "
-                f"tokens; ask for at most {info.max_model_len - len(prompt)}",
-                field="max_tokens",
-                code="context_length_exceeded",
-            )
-        listed = {
-            "logit_bias": params.logit_bias or (),
-            "allowed_token_ids": params.allowed_token_ids or (),
-            "stop_token_ids": params.stop_token_ids,
-            "bad_words": itertools.chain(*params.bad_words_token_ids),
-        }
-        for field, tokens in listed.items():
-            for token in tokens:
-                if token >= info.vocab_size:
-                    raise InvalidRequest(
-                        f"{field}: token id {token} is outside the vocabulary of {info.vocab_size}", field=field
-                    )
+        check_prompt(prompt, info)
+        check_max_tokens(params, len(prompt), info)
+        check_params(params, info)
         return params
 
     def _finish(self, seq: Sequence) -> None:

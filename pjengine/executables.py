@@ -29,7 +29,7 @@ def use_compile_cache(directory: str | None) -> None:
     Args:
       directory: None: the XDG cache directory; "": no cache.
     """
-    if directory == "" or jax.config.jax_compilation_cache_dir is not None:
+    if directory == "" or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     path = Path(directory) if directory else cache_directory() / "compiled"
     path.mkdir(parents=True, exist_ok=True)

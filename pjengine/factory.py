@@ -222,7 +222,9 @@ def _plan(
 def _temporaries(
     module: ModuleType, model_config: Any, params: Any, dtype: Any, specs: tuple[CacheSpec, ...], shape: RunnerShape
 ) -> int:
-    """Bytes the largest step needs beside its arguments: read off its executable, compiled with a cache of few pages."""
+    """Bytes the largest step needs beside its arguments: read off its executable, compiled with a cache of few
+    pages.
+    """
     bucket: Bucket = max(shape.buckets, key=lambda b: b.tokens)
     cache = cache_shapes(specs, (2 * shape.max_pages,) * shape.groups, shape.page_size, dtype)
     layout = forward_layout(bucket, shape.groups, shape.max_pages)

@@ -18,17 +18,9 @@ from pjengine.factory import make_engine
 from pjengine.interrupts import deferred_interrupts
 from pjengine.models.sources import resolve
 from pjengine.outputs import EmbeddingOutput, RequestOutput
-from pjengine.prompts import (
-    Message,
-    Prompt,
-    as_conversations,
-    as_prompts,
-    check_prompt,
-    default_params,
-    engine_params,
-    fit_window,
-)
+from pjengine.prompts import Message, Prompt, as_conversations, as_prompts, default_params, engine_params, fit_window
 from pjengine.request import Output, Request
+from pjengine.request_checks import check_prompt
 from pjengine.sampling_params import SamplingParams
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 

@@ -81,8 +81,8 @@ def plan_memory(
         needed = 1 + -(-tokens // page_size)
         if pages[group] < needed:
             raise OutOfMemory(
-                f"max_model_len: a sequence of {sequence_tokens} tokens needs {needed * page_bytes[group] / GIB:.3f} GiB of "
-                f"KV cache, {max(0, left) / GIB:.3f} GiB are left ({plan}); lower max_model_len or max_num_batched_tokens, or raise "
-                "gpu_memory_utilization (on a CPU: cpu_kv_bytes)"
+                f"max_model_len: a sequence of {sequence_tokens} tokens needs "
+                f"{needed * page_bytes[group] / GIB:.3f} GiB of KV cache, {max(0, left) / GIB:.3f} GiB are left ({plan}); "
+                "lower max_model_len or max_num_batched_tokens, or raise gpu_memory_utilization (on a CPU: cpu_kv_bytes)"
             )
     return plan

@@ -63,7 +63,9 @@ class RunnerShape:
 
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, first: int, growth: int) -> tuple[Bucket, ...]:
-    """Decode buckets from `first` rows to `max_num_seqs`, mixed ones up to the token budget, each `growth` times the last."""
+    """Decode buckets from `first` rows to `max_num_seqs`, mixed ones up to the token budget, each `growth` times the
+    last.
+    """
     rows = _ladder(first, max_num_seqs, growth)
     tokens = _ladder(min(32, max_num_batched_tokens), max_num_batched_tokens, growth)
     mixed = [Bucket(t, min(t, max_num_seqs), decode=False) for t in tokens]
@@ -100,7 +102,9 @@ class RunningStep:
 
 
 class ModelRunner:
-    """Holds the parameters, the cache and the sampler's tables, and feeds them to executables in the order of the steps."""
+    """Holds the parameters, the cache and the sampler's tables, and feeds them to executables in the order of the
+    steps.
+    """
 
     def __init__(
         self,
@@ -189,7 +193,9 @@ class ModelRunner:
 
 
 def forward_function(module: ModuleType, config: Any, shape: RunnerShape) -> Any:
-    """The jitted forward pass: (params, cache, tail, packed, bucket) -> (logits [rows, vocab], hidden or None, cache)."""
+    """The jitted forward pass: (params, cache, tail, packed, bucket) -> (logits [rows, vocab], hidden or None,
+    cache).
+    """
 
     def forward(params: Any, cache: KVCache, tail: jax.Array, packed: jax.Array, bucket: Bucket) -> Any:
         layout = forward_layout(bucket, shape.groups, shape.max_pages)

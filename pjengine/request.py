@@ -1,4 +1,6 @@
-"""What goes into an engine and what comes out: token ids only. These structs are also the wire format between processes."""
+"""What goes into an engine and what comes out: token ids only. These structs are also the wire format between
+processes.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ class Output(msgspec.Struct, kw_only=True):
       index: which of its `n` sequences.
       token_ids: new tokens, in order; a stop token that ended the sequence is the last one.
       logprobs: one per new token, if asked for.
-      prompt_logprobs: sent once, with the first output of sequence 0: None for the first prompt token, one per later token.
+      prompt_logprobs: sent once, with the first output of sequence 0: None for the first prompt token, one per later
+        token.
       embedding: float32 vector as raw little-endian bytes, for embedding requests.
       finish_reason: None while running; "stop" (eos or stop token), "length", "abort" or "error".
       stop_reason: the stop token id that ended it, if it is one of `stop_token_ids`.

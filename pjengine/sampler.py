@@ -1,17 +1,19 @@
 """Choosing tokens on the device: penalties, biases, masks, temperature, top-k, top-p, min-p, log-probabilities.
 
 The random stream of a sequence is a pure function of (seed, position): its tokens do not depend on its neighbours, on
-preemption or on how steps were cut. Per-slot state (token counts, the last tokens) stays on the device, so that the next step
-can be dispatched before the host has read this one's tokens.
+preemption or on how steps were cut. Per-slot state (token counts, the last tokens) stays on the device, so that the
+next step can be dispatched before the host has read this one's tokens.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import ArrayLike
 
 from pjengine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_LOGPROBS
 
@@ -79,7 +81,7 @@ def init_state(slots: int, vocab_size: int) -> SamplerState:
 
 
 def set_slot(
-    state: SamplerState, slot: jax.Array, tokens: jax.Array, length: jax.Array, prompt_len: jax.Array
+    state: SamplerState, slot: ArrayLike, tokens: jax.Array, length: ArrayLike, prompt_len: ArrayLike
 ) -> SamplerState:
     """Loads a sequence's known tokens into a slot. tokens int32 [padded]; the first `length` count."""
     index = jnp.arange(tokens.shape[0])
@@ -148,7 +150,8 @@ def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """One token per row from the softmax of logits / temperature, cut by top-k, then top-p, then min-p. int32 [R].
 
     Top-k and top-p thresholds come from a bisection over float bits, not from a sort (as in tpu-inference's
-    `binary_search`); ties with the threshold are kept. The draw inverts the cumulative distribution at one uniform number.
+    `binary_search`); ties with the threshold are kept. The draw inverts the cumulative distribution at one uniform
+    number.
     """
     scaled = logits / jnp.where(inputs.temperature == 0, 1.0, inputs.temperature)[:, None]
     scaled = scaled - jnp.max(scaled, axis=-1, keepdims=True)
@@ -179,12 +182,14 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _threshold(enough, rows: int) -> jax.Array:
-    """Largest int32 t [R] with enough(t), a predicate that holds up to some t and fails above; int32 minimum if it never holds."""
+def _threshold(enough: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+    """Largest int32 t [R] with enough(t), a predicate that holds up to some t and fails above; int32 minimum if it
+    never holds.
+    """
     lowest = jnp.full(rows, jnp.iinfo(jnp.int32).min)
     start = jnp.where(enough(jnp.zeros(rows, jnp.int32)), 0, lowest)
 
-    def refine(i, t):
+    def refine(i: jax.Array, t: jax.Array) -> jax.Array:
         candidate = t + (jnp.int32(1) << (30 - i))
         return jnp.where(enough(candidate), candidate, t)
 
@@ -194,7 +199,7 @@ def _threshold(enough, rows: int) -> jax.Array:
 def _uniform(seeds: jax.Array, positions: jax.Array) -> jax.Array:
     """float32 [R] in [0, 1): threefry of (seed, position)."""
 
-    def one(seed, position):
+    def one(seed: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(seed), position))
 
     return jax.vmap(one)(seeds, positions)

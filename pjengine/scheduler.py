@@ -1,7 +1,9 @@
 """Which sequences compute how many tokens in the next step.
 
-There is no prefill or decode phase: each step spends a token budget letting `computed` catch up with `known`, running sequences
-first, in order of priority and arrival. Chunked prefill, prefix hits and recomputation after preemption are all this one rule.
+There is no prefill or decode phase: each step spends a token budget letting `computed` catch up with `known`, running
+sequences first, in order of priority and arrival. Chunked prefill, prefix hits and recomputation after preemption are
+all this
+one rule.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Scheduler:
         self.prompt_tokens = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
-        # Their prompts' pages are complete once the step just planned has run; siblings may copy them from the next one on.
+        # Their prompts' pages are complete once the step just planned has run; siblings may copy them from the next
+        # one on.
         self._prompts_done: list[Sequence] = []
         self._waiting: list[
             tuple[tuple[int, int, int], Sequence]
@@ -129,8 +132,8 @@ class Scheduler:
                 rows.append(self._advance(seq, count))
                 budget -= count
         admitted = []
-        while budget and not preempted and self._slots and (seq := self._peek()) is not None:
-            count = self._admit(seq, budget)
+        while budget and not preempted and self._slots and (first := self._peek()) is not None:
+            seq, count = first, self._admit(first, budget)
             if count == 0:
                 break
             heapq.heappop(self._waiting)

@@ -21,8 +21,8 @@ class Status(enum.Enum):
 class Sequence:
     """Tokens known against tokens computed; every step lets the second catch up with the first.
 
-    Invariants: `computed <= known`; a running sequence has a slot; `tables[g]` covers positions [0, computed) of group g, with
-    NULL_PAGE where a window has moved on.
+    Invariants: `computed <= known`; a running sequence has a slot; `tables[g]` covers positions [0, computed) of group
+    g, with NULL_PAGE where a window has moved on.
     """
 
     request: Request

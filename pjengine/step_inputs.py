@@ -1,7 +1,8 @@
 """The device-side pytrees that kernels, models and the runner share.
 
-One step is one ragged "super-sequence": the queries of all rows stand one after the other, with no padding between them.
-T is the bucket's token count, R its row count. Rows past the last real one have no queries and `kv_lens` 0; tokens past
+One step is one ragged "super-sequence": the queries of all rows stand one after the other, with no padding between
+them. T is the bucket's token count, R its row count. Rows past the last real one have no queries and `kv_lens` 0;
+tokens past
 `query_starts[R]` are padding: their outputs are unspecified but finite and nobody reads them.
 """
 

@@ -70,7 +70,9 @@ def decode(
 
 
 def prefill(engine: Engine, count: int, length: int, roofline: Roofline) -> dict[str, Any]:
-    """Prompt tokens per second of `count` prompts of `length` tokens, one token generated each; the second of two runs."""
+    """Prompt tokens per second of `count` prompts of `length` tokens, one token generated each; the second of two
+    runs.
+    """
     work = items([(length, 1)] * count, engine.info.vocab_size)
     run(engine, work)
     found = run(engine, work)

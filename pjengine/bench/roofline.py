@@ -13,7 +13,9 @@ _REPEATS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """copy_bandwidth: bytes read and written per second by a device copy. gemm_rate: bf16 FLOP/s of an 8192³ product."""
+    """copy_bandwidth: bytes read and written per second by a device copy. gemm_rate: bf16 FLOP/s of an 8192³
+    product.
+    """
 
     copy_bandwidth: float
     gemm_rate: float

@@ -53,7 +53,8 @@ def items(lengths: list[tuple[int, int]], vocab_size: int) -> list[Item]:
 def read(name: str, vocab_size: int) -> list[Item]:
     """A workload by name (chat, queries, docs) or from a file of JSON lines.
 
-    A line is {"prompt_len": 12, "output_len": 34} or {"prompt_token_ids": [1, 2], "output_len": 34}; output_len is 0 where absent.
+    A line is {"prompt_len": 12, "output_len": 34} or {"prompt_token_ids": [1, 2], "output_len": 34}; output_len is 0
+    where absent.
     Raises: ConfigError naming the file, the line and what is wrong.
     """
     if name == "chat":

@@ -8,8 +8,9 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from pjengine.detokenizer import Detokenizer
-from pjengine.prompts import check_max_tokens, check_prompt, engine_params
+from pjengine.prompts import engine_params
 from pjengine.request import Output, Request, TokenLogprobs
+from pjengine.request_checks import check_max_tokens, check_prompt
 from pjengine.sampling_params import SamplingParams
 from pjengine.serving.context import EncodedPrompt, ServerContext
 from pjengine.serving.engine_client import Submission

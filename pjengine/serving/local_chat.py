@@ -15,8 +15,9 @@ from pjengine.errors import ModelError, PJEngineError
 from pjengine.factory import make_engine
 from pjengine.interrupts import deferred_interrupts
 from pjengine.models.sources import resolve
-from pjengine.prompts import check_prompt, default_params, engine_params, fit_window
+from pjengine.prompts import default_params, engine_params, fit_window
 from pjengine.request import Request
+from pjengine.request_checks import check_prompt
 from pjengine.sampling_params import SamplingParams
 from pjengine.serving.engine_process import EngineLike
 from pjengine.tokenizer import Tokenizer, load_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_parameters_reach_the_tokens(llama: Engine) -> None:
     prompt = [5, 6, 7]
 
     def first(**fields: object) -> list[int]:
-        options: dict[str, object] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | fields
+        options: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | fields
         return tokens(run(made, [(prompt, SamplingParams(**options))]))[0, 0]
 
     plain = first()

@@ -1,4 +1,6 @@
-"""Random arrivals, lengths, aborts, priorities and preemptions: nothing leaks, and every text is what it would be alone."""
+"""Random arrivals, lengths, aborts, priorities and preemptions: nothing leaks, and every text is what it would be
+alone.
+"""
 
 from __future__ import annotations
 
@@ -94,13 +96,14 @@ def test_every_text_is_what_it_would_be_alone(data: st.DataObject) -> None:
 def test_a_long_run_with_few_pages_preempts_and_still_tells_the_truth() -> None:
     """Thousands of steps over a pool that holds about three sequences."""
     engine = make_engine((None, 8), pages=40, page_size=4, slots=8, budget=24)
-    expected, texts = {}, {}
+    expected: dict[tuple[str, int], list[int]] = {}
+    texts: dict[tuple[str, int], list[int]] = {}
     for i in range(400):
         prompt = PREFIX[: i % 17] + [1 + (i * j) % (VOCAB - 1) for j in range(1, 2 + i % 13)]
         params = SamplingParams(max_tokens=1 + i * 7 % 60, temperature=0, n=1 + (i % 5 == 0))
         engine.add(Request(request_id=f"r{i}", prompt_token_ids=prompt, params=params))
         for index in range(params.n):
-            expected[f"r{i}", index] = alone(prompt, params.max_tokens, (None, 8))
+            expected[f"r{i}", index] = alone(prompt, params.max_tokens or 0, (None, 8))
             texts[f"r{i}", index] = []
     steps = 0
     while engine.has_work:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,9 @@ def inputs(rows: int, biases: int = 0, words: int = 0, **fields: object) -> Samp
 def draws(logits: np.ndarray, count: int, **fields: object) -> np.ndarray:
     """Tokens of `count` independent rows that share their logits."""
     seeds = np.stack([np.arange(count), np.full(count, 3)], 1).astype(np.uint32)
-    rows = {name: np.full(count, value, np.float32 if name != "top_k" else np.int32) for name, value in fields.items()}
+    rows: dict[str, Any] = {
+        name: np.full(count, value, np.float32 if name != "top_k" else np.int32) for name, value in fields.items()
+    }
     asked = inputs(count, seeds=seeds, slots=np.zeros(count, np.int32), **rows)
     sampled, _ = jax.jit(sample, static_argnums=3)(
         jnp.tile(logits, (count, 1)), init_state(1, logits.shape[0]), asked, Variant.SAMPLE
@@ -124,7 +128,12 @@ def test_penalties_are_those_of_the_openai_and_ctrl_formulas() -> None:
     prompt, output = [3, 4, 4], [5, 5, 6]
     state = set_slot(init_state(SLOTS, VOCAB), 0, jnp.array([*prompt, *output, 0, 0]), 6, 3)
     logits = np.random.default_rng(2).normal(size=(1, VOCAB)).astype(np.float32)
-    asked = inputs(1, presence=np.float32([0.5]), frequency=np.float32([0.25]), repetition=np.float32([1.3]))
+    asked = inputs(
+        1,
+        presence=np.array([0.5], np.float32),
+        frequency=np.array([0.25], np.float32),
+        repetition=np.array([1.3], np.float32),
+    )
     expected = logits[0].copy()
     for token in {*prompt, *output}:
         expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3

@@ -78,7 +78,7 @@ def test_smollm2_logits_in_bfloat16(smollm2: str, decode: bool) -> None:
     rows = split_rows(golden["tokens"], golden["starts"])
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def hidden_states(params: Any, inputs: StepInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def hidden_states(params: Any, inputs: StepInputs, cache: KVCache) -> tuple[jax.Array, KVCache | None]:
         return model.forward(params, inputs, cache, config)
 
     sequences = PagedSequences(rows, model.cache_specs(config), "bfloat16", page_size=64)
@@ -116,7 +116,9 @@ def test_llama_8b_serves_64_requests_at_once(llama_8b: Engine) -> None:
 
 
 def test_llama_8b_logits_against_float32(llama_8b: Engine) -> None:
-    """Engine's log-probabilities path aside: hidden states over pages in ragged chunks, bf16, against float32 without pages."""
+    """Engine's log-probabilities path aside: hidden states over pages in ragged chunks, bf16, against float32 without
+    pages.
+    """
     del llama_8b  # compiled first, so that its memory is claimed before this test's
     config = dataclasses.replace(
         llama.Config.from_hf(json.loads((LLAMA_8B / "config.json").read_text())), num_layers=8, windows=(None,) * 8
@@ -126,7 +128,7 @@ def test_llama_8b_logits_against_float32(llama_8b: Engine) -> None:
     rows = [random.integers(0, 128_000, n).tolist() for n in random.integers(1, 200, 64)]
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def step(params: Any, inputs: StepInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def step(params: Any, inputs: StepInputs, cache: KVCache) -> tuple[jax.Array, KVCache | None]:
         return llama.forward(params, inputs, cache, config)
 
     sequences = PagedSequences(rows, llama.cache_specs(config), "bfloat16", page_size=64)

@@ -10,14 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from pjengine import InvalidRequest, SamplingParams
 from pjengine.engine_info import EngineInfo
-from pjengine.prompts import (
-    bad_words_token_ids,
-    check_max_tokens,
-    check_prompt,
-    default_params,
-    engine_params,
-    fit_window,
-)
+from pjengine.prompts import bad_words_token_ids, default_params, engine_params, fit_window
+from pjengine.request_checks import check_max_tokens, check_prompt
 from pjengine.tokenizer import Tokenizer
 from tests.llm.conftest import write_tokenizer
 

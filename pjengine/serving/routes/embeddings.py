@@ -10,8 +10,8 @@ import uuid
 
 from starlette.responses import Response
 
-from pjengine.prompts import check_prompt
 from pjengine.request import Request
+from pjengine.request_checks import check_prompt
 from pjengine.serving.context import ServerContext
 from pjengine.serving.errors import GenerationError
 from pjengine.serving.protocol.base import Usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from pjengine.prompts import check_token_ids
+from pjengine.request_checks import check_token_ids
 from pjengine.serving.context import ServerContext
 from pjengine.serving.logprobs import token_string
 from pjengine.serving.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse

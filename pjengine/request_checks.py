@@ -1,0 +1,68 @@
+"""What every request must satisfy, whoever takes it in: the server, `LLM` or an engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from pjengine.engine_info import EngineInfo
+from pjengine.errors import InvalidRequest
+from pjengine.sampling_params import SamplingParams
+
+
+def check_prompt(token_ids: list[int], info: EngineInfo, *, field: str = "prompt") -> None:
+    """Raises InvalidRequest unless the prompt has tokens, all in the vocabulary, and fits the model's window.
+
+    Args:
+      token_ids: the prompt's tokens.
+      info: of the engine that shall run it.
+      field: the request's field at fault, as the user spells it.
+    """
+    if not token_ids:
+        raise InvalidRequest(f"{field}: empty; give at least one token", field=field, code="empty_prompt")
+    check_token_ids(token_ids, info.vocab_size, field=field)
+    # A generated token needs a place in the window too; an embedding has none.
+    room = info.max_model_len - (info.kind == "generate")
+    if len(token_ids) > room:
+        raise InvalidRequest(
+            f"{field}: {len(token_ids)} tokens, but the model's window of {info.max_model_len} has room for {room}; "
+            "shorten it",
+            field=field,
+            code="context_length_exceeded",
+        )
+
+
+def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, field: str) -> None:
+    """Raises InvalidRequest unless every id is in [0, vocab_size)."""
+    for token in token_ids:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"{field}: token id {token} is outside the vocabulary, 0..{vocab_size - 1}",
+                field=field,
+                code="token_id_out_of_range",
+            )
+
+
+def check_max_tokens(
+    params: SamplingParams, prompt_tokens: int, info: EngineInfo, *, field: str = "max_tokens"
+) -> None:
+    """Raises InvalidRequest where prompt and `max_tokens` together exceed the model's window."""
+    if params.max_tokens is not None and prompt_tokens + params.max_tokens > info.max_model_len:
+        raise InvalidRequest(
+            f"{field}: {params.max_tokens} and a prompt of {prompt_tokens} tokens exceed the model's window of "
+            f"{info.max_model_len}; ask for at most {info.max_model_len - prompt_tokens}",
+            field=field,
+            code="context_length_exceeded",
+        )
+
+
+def check_params(params: SamplingParams, info: EngineInfo) -> None:
+    """Raises InvalidRequest where a parameter names a token outside the vocabulary."""
+    listed: dict[str, Iterable[int]] = {
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "stop_token_ids": params.stop_token_ids,
+        "bad_words": itertools.chain(*params.bad_words_token_ids),
+    }
+    for field, token_ids in listed.items():
+        check_token_ids(token_ids, info.vocab_size, field=field)
