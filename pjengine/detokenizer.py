@@ -150,8 +150,9 @@ class _FromContext:
         if text.endswith(_UNREADABLE) and len(self._pending) < _LONGEST_CHARACTER:
             return ""
         new = text[len(self._context_text) :]
-        if new:
-            self._context, self._context_text = self._pending, self._decode(self._pending)
+        # A token without text of its own may yet change what the next one adds.
+        self._context = self._pending if new else (self._context + self._pending)[-_LONGEST_CHARACTER:]
+        self._context_text = self._decode(self._context)
         self._pending = []
         return new
 

@@ -1,8 +1,8 @@
 """Tokenizers of directories and of GGUF metadata.
 
-token_ids.json was written by transformers 5.23: `AutoTokenizer.from_pretrained(dir, gguf_file=…)` for SmolLM2, and of the
-directory for MiniLM. For GGUF's pre-tokenizer "smollm" it does not split digits off, though the model was trained so and
-llama.cpp does: the texts where that matters are listed apart, with the ids that follow from llama.cpp's rule.
+token_ids.json was written by transformers 5.23: `AutoTokenizer.from_pretrained(dir, gguf_file=…)` for SmolLM2, of the
+directory for MiniLM. For GGUF's pre-tokenizer "smollm" it splits no digits off, though the model was trained so and
+llama.cpp does: texts where that matters are listed apart, with the ids that follow from llama.cpp's rule.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ def test_sentencepiece_merges_by_score() -> None:
             byte_level_metadata(**{"ggml.model": "rwkv"}),
             r"tokenizer\.ggml\.model: 'rwkv' is not supported \(gpt2, llama are\)",
         ),
-        (byte_level_metadata(**{"ggml.merges": ["no such"]}), r"inconsistent vocabulary .*fetch the file again"),
+        (
+            {**byte_level_metadata(), "tokenizer.ggml.merges": ["no such"]},
+            r"inconsistent vocabulary .*fetch the file again",
+        ),
         ({"tokenizer.ggml.model": "gpt2"}, r"GGUF metadata has no 'tokenizer\.ggml\.tokens'"),
     ],
 )
