@@ -77,7 +77,7 @@ def test_embeddings_of_a_bare_encoder() -> None:
 
 @pytest.mark.real
 def test_smollm2_answers_a_question() -> None:
-    with LLM("smollm2-135m-instruct", max_model_len=512, **SMALL) as llm:
+    with LLM("smollm2-135m-instruct") as llm:
         question = [{"role": "user", "content": "What is the capital of France?"}]
         (result,) = llm.chat(question, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
         assert result.outputs[0].text == "The capital of France is Paris."
