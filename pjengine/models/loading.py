@@ -23,7 +23,7 @@ from pjengine.models.sources import Source, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
 READ_THREADS = 8
-_READ_AHEAD = 2 * READ_THREADS  # parameters in host memory at once
+_READ_AHEAD = READ_THREADS  # parameters in host memory at once
 # Tensors of which no parameter is made: computed tables, and heads that embeddings do not use.
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)|(bert\.)?pooler\.dense\.\w+|cls\..*"

@@ -126,6 +126,12 @@ def test_base_model_saved_without_its_head(tmp_path: Path) -> None:
     assert_equal_trees(load(str(write_directory(tmp_path / "b", bare, tied)))[1], with_prefix)
 
 
+def test_dtype_that_cannot_be_read(tmp_path: Path) -> None:
+    ints = {name: tensor.astype(np.int8) for name, tensor in llama_tensors().items()}
+    with pytest.raises(ModelError, match=r"model\.safetensors: tensor \S+: dtype I8 is not one of F32, BF16, F16, F64"):
+        load(str(write_directory(tmp_path, ints)))
+
+
 def without_norm(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
 
@@ -195,7 +201,7 @@ def test_index_that_lists_too_much(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}'])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"x": 1}}'])
 def test_damaged_index(tmp_path: Path, content: str) -> None:
     write_directory(tmp_path, shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(content)
