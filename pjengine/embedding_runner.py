@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.executables import compile_all
+from pjengine.executables import ExecutableStore, compile_all
 from pjengine.models.pooling import pool
 from pjengine.models.sources import Pooling
 from pjengine.step_inputs import StepInputs
@@ -47,6 +47,7 @@ class EmbeddingRunner:
         max_rows: int,
         growth: int,
         backend: str,
+        store: ExecutableStore,
         progress: bool = True,
     ):
         self.budget = budget
@@ -77,6 +78,7 @@ class EmbeddingRunner:
         self._executables = compile_all(
             {b: functools.partial(jitted.lower, params, self._layouts[b].abstract, b) for b in buckets},
             "embedding batches",
+            store,
             progress,
         )
 

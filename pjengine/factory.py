@@ -19,7 +19,7 @@ from pjengine.embedding_runner import EmbeddingRunner
 from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import ConfigError
-from pjengine.executables import use_compile_cache
+from pjengine.executables import open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.memory_plan import MemoryPlan, plan_memory
 from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
@@ -105,6 +105,7 @@ def _make_generator(
         cache_shapes(specs, plan.pages, page_size, dtype),
         shape(max_pages),
         frozenset(eos),
+        open_store(config.compile_cache, (model_config, shape(max_pages), plan.pages, jnp.dtype(dtype).name)),
         progress,
     )
     info = EngineInfo(
@@ -139,6 +140,9 @@ def _make_embedder(
         max_rows=config.max_num_seqs or max(8, budget // 8),
         growth=2 if gpu else 4,
         backend=config.attention_backend,
+        store=open_store(
+            config.compile_cache, (model_config, source.pooling, config.attention_backend, jnp.dtype(dtype).name)
+        ),
         progress=progress,
     )
     info = EngineInfo(

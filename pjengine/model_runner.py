@@ -29,7 +29,7 @@ from pjengine.batch import (
 )
 from pjengine.device_cache import copy_pages, make_cache
 from pjengine.engine import StepResult
-from pjengine.executables import compile_all
+from pjengine.executables import ExecutableStore, compile_all
 from pjengine.kv_cache import PageCopy
 from pjengine.request import TokenLogprobs
 from pjengine.sampler import Logprobs, Sampled, SamplerState, Variant, compute_logprobs, init_state, sample, set_slot
@@ -114,6 +114,7 @@ class ModelRunner:
         cache_shapes: KVCache,
         shape: RunnerShape,
         eos: frozenset[int],
+        store: ExecutableStore,
         progress: bool = True,
     ):
         self.shape = shape
@@ -132,10 +133,13 @@ class ModelRunner:
                 for b in shape.buckets
             },
             "forward steps",
+            store,
             progress,
         )
         keys = [SamplerKey(rows, v) for rows in sorted({b.rows for b in shape.buckets}) for v in Variant]
-        self._samplers = compile_all({k: functools.partial(self._lower_sampler, k) for k in keys}, "samplers", progress)
+        self._samplers = compile_all(
+            {k: functools.partial(self._lower_sampler, k) for k in keys}, "samplers", store, progress
+        )
         self._cache = make_cache(cache_shapes)
         self.kv_bytes_per_token = (
             sum(x.dtype.itemsize * x.size // x.shape[0] for x in jax.tree.leaves(cache_shapes)) // shape.page_size
