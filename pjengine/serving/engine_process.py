@@ -24,6 +24,7 @@ from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest, PJEngineError
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request
+from pjengine.serving.logs import configure_logging
 from pjengine.serving.messages import (
     Abort,
     Accepted,
@@ -78,7 +79,7 @@ def run_engine(make_engine: MakeEngine, config: EngineConfig, address: str, log_
     # Ctrl-C reaches the whole process group: it is the API process that decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s: %(name)s: %(message)s")
+    configure_logging(log_level)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)  # a slow reader must not block the engine; what it owes is bounded by max_tokens

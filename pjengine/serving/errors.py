@@ -6,7 +6,6 @@ import dataclasses
 import http
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ from pjengine.serving.protocol.base import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
-# What pydantic appends to an error's place to say which member of a union failed.
-_UNION_MEMBER = re.compile(r"(str|int|float|bool|none)|(nullable|list|dict|constrained|function-\w+)\W.*")
 MAX_REPORTED = 3  # errors of one body that the message lists
 
 
@@ -124,9 +121,7 @@ def _place(error: Any) -> str:
     for part in (*location, param) if param else location:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif _UNION_MEMBER.fullmatch(part):
-            break
-        else:
+        elif not part.startswith("<"):  # the tag of a union's member
             place += f".{part}" if place else part
     return place
 

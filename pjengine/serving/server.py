@@ -23,6 +23,7 @@ from pjengine.serving.app import make_app
 from pjengine.serving.context import ServerContext
 from pjengine.serving.engine_client import EngineClient
 from pjengine.serving.engine_process import MakeEngine, make_default_engine
+from pjengine.serving.logs import configure_logging
 from pjengine.serving.metrics import ServerMetrics
 from pjengine.serving.middleware import Gate
 from pjengine.tokenizer import Tokenizer, load_tokenizer
@@ -99,8 +100,8 @@ def run_server(
     Raises:
       PJEngineError: it cannot start; the message is the cause.
     """
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s: %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    configure_logging(options.log_level)
+    logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # written only with access_log
     with _bind(options.host, options.port) as listener:  # before the model is loaded: a port in use is known at once
         text = load_text(config)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
+
+import typer
 
 from pjengine.config import EngineConfig
 from pjengine.serving.cli_options import reported_errors
@@ -12,20 +13,18 @@ from pjengine.serving.server import ServerOptions, run_server
 from tests.serving.fake_engine import fail_to_start, load_text, make_fake_engine
 
 
-def main(options: str) -> int:
+def main(options: str) -> None:
     given = json.loads(options)
     fail = given.get("fail")
     make_engine = (
         functools.partial(fail_to_start, how=fail) if fail else functools.partial(make_fake_engine, **given["engine"])
     )
-    return run_server(
-        ServerOptions(port=0, **given["server"]),
-        EngineConfig(model="fake", **given["config"]),
-        make_engine=make_engine,
-        load_text=load_text,
-    )
+    server, config = ServerOptions(port=0, **given["server"]), EngineConfig(model="fake", **given["config"])
+    with reported_errors():
+        raise typer.Exit(run_server(server, config, make_engine=make_engine, load_text=load_text))
 
 
 if __name__ == "__main__":
-    with reported_errors():
-        sys.exit(main(sys.argv[1]))
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -34,6 +34,7 @@ class LiveServer:
     url: str
     process: subprocess.Popen[bytes]
     output: IO[bytes]
+    http: httpx.Client = dataclasses.field(default_factory=lambda: httpx.Client(timeout=60))
 
     @property
     def log(self) -> str:
@@ -41,15 +42,16 @@ class LiveServer:
         return self.output.read().decode()
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+        options = {"api_key": "none", "max_retries": 0, "http_client": self.http, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         if body is not None:
             options["json"] = body
-        return httpx.post(self.url + path, timeout=60, **options)
+        return self.http.post(self.url + path, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return self.http.get(self.url + path, **options)
 
     def metrics(self) -> dict[str, float]:
         """Series (with their labels) and values."""
@@ -99,6 +101,7 @@ def running(command: list[str], seconds: float = 60, **environment: str) -> Iter
             wait_for(lambda: _listens(server.url))
             yield server
         finally:
+            server.http.close()
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 try:

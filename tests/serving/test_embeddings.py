@@ -60,7 +60,7 @@ def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:
         ({"input": []}, "input"),
         ({"input": [[]]}, "input"),
         ({"input": ["a", ""]}, "input"),
-        ({"input": ["a", 1]}, "input"),
+        ({"input": ["a", 1]}, "input[1]"),
         ({"input": "x" * 513}, "input"),
         ({"input": [400]}, "input"),
         ({"input": [-1]}, "input"),

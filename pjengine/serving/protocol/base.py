@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 
@@ -49,6 +49,13 @@ def _refuse(value: Any) -> Any:
     return value
 
 
+# A string, or a list of something: the tags, which errors leave out, are those of the value's own type.
+STRING, LIST = Tag("<string>"), Tag("<list>")
+STRING_OR_LIST = Discriminator(
+    lambda value: "<string>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None,
+    custom_error_type="string_or_list",
+    custom_error_message="should be a string or a list",
+)
 FinishReason: TypeAlias = Literal["stop", "length"]
 Ignored: TypeAlias = Annotated[Any, Field(description="Accepted; has no effect.")]
 Unsupported: TypeAlias = Annotated[Any, AfterValidator(_refuse), Field(description="Refused unless null.")]

@@ -8,7 +8,17 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pjengine.sampling_params import MAX_LOGPROBS
-from pjengine.serving.protocol.base import FinishReason, Ignored, RequestModel, ResponseModel, Unsupported, Usage
+from pjengine.serving.protocol.base import (
+    LIST,
+    STRING,
+    STRING_OR_LIST,
+    FinishReason,
+    Ignored,
+    RequestModel,
+    ResponseModel,
+    Unsupported,
+    Usage,
+)
 from pjengine.serving.protocol.completions import PromptLogprobs
 from pjengine.serving.protocol.sampling import SamplingRequest
 
@@ -22,7 +32,7 @@ class ChatMessage(RequestModel):
     """One message of the conversation; `content` parts of type text are joined."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Annotated[Annotated[str, STRING] | Annotated[list[TextPart], LIST], STRING_OR_LIST] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = Field(None, description="Of an assistant's earlier answer.")
     tool_call_id: str | None = None

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from pjengine.sampling_params import MAX_LOGPROBS
 from pjengine.serving.protocol.base import FinishReason, ResponseModel, Unsupported, Usage
 from pjengine.serving.protocol.sampling import SamplingRequest
 
-# Fail fast: a hundred thousand token ids that are no strings are one error, not a hundred thousand.
+# Fail fast: of a hundred thousand wrong token ids one is reported.
 Texts = Annotated[list[str], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
-Prompt = str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+
+
+def _prompt_form(prompt: Any) -> str | None:
+    """The first element tells which of a list's forms is meant, so that an error can name the element at fault."""
+    if isinstance(prompt, list):
+        return {int: "<ids>", list: "<lists>"}.get(type(prompt[0]) if prompt else str, "<texts>")
+    return "<text>" if isinstance(prompt, str) else None
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[Texts, Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("<lists>")],
+    Discriminator(
+        _prompt_form,
+        custom_error_type="prompt",
+        custom_error_message="should be a string, token ids, or a list of either",
+    ),
+]
 
 
 class CompletionRequest(SamplingRequest):

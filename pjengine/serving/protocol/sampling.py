@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from pjengine.sampling_params import MAX_LOGPROBS, MAX_N
-from pjengine.serving.protocol.base import Ignored, RequestModel
+from pjengine.serving.protocol.base import LIST, STRING, STRING_OR_LIST, Ignored, RequestModel
 
 # Fields of the same name and meaning in SamplingParams; null leaves the model's default. Ranges are checked there.
 _PARAMS = (
@@ -41,7 +41,7 @@ class SamplingRequest(RequestModel):
 
     model: str | None = Field(None, description="A name that /v1/models lists; null: the model that is served.")
     n: int = Field(1, ge=1, le=MAX_N)
-    stop: str | list[str] | None = None
+    stop: Annotated[Annotated[str, STRING] | Annotated[list[str], LIST], STRING_OR_LIST] | None = None
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
