@@ -208,11 +208,10 @@ class Engine:
 
     def _stop(self, seq: Sequence, token: int) -> tuple[str | None, int | None]:
         params = seq.params
-        if seq.num_output >= params.min_tokens:
-            if token in params.stop_token_ids:
-                return "stop", token
-            if token in self._eos and not params.ignore_eos:
-                return "stop", None
+        if token in params.stop_token_ids and seq.num_output >= params.min_tokens:
+            return "stop", token
+        if token in self._eos and not params.ignore_eos and seq.num_output >= params.min_tokens:
+            return "stop", None
         return ("length", None) if len(seq.tokens) >= seq.max_total else (None, None)
 
 

@@ -60,7 +60,7 @@ class KVCacheManager:
     def admit(self, seq: Sequence) -> None:
         """Empty tables, or those of the longest cached prefix of its known tokens (at least one is left to compute)."""
         seq.tables = [[] for _ in self.groups]
-        seq.computed = seq.registered = 0
+        seq.computed = seq.registered = seq.reserved = 0
         if not self.prefix_caching or seq.params.prompt_logprobs is not None:
             return
         hashes = self._hashes(seq)[: (len(seq.tokens) - 1) // self.page_size]
@@ -90,6 +90,7 @@ class KVCacheManager:
             for page in table:
                 if page != NULL_PAGE:
                     pool.retain(page)
+        parent.reserved = 0  # what it writes next may be shared now
         child.tables = tables
         child.computed = computed
         child.page_hashes = parent.page_hashes[: computed // self.page_size]
@@ -98,6 +99,8 @@ class KVCacheManager:
 
     def reserve(self, seq: Sequence, upto: int) -> bool:
         """Pages of its own for positions [computed, upto), in every group or in none. False: not enough are free."""
+        if upto <= seq.reserved:
+            return True
         for group, pool, table in zip(self.groups, self.pools, seq.tables, strict=True):
             self._trim(group, pool, table, seq.computed)
         first, end = seq.computed // self.page_size, self.pages_for(upto)
@@ -115,6 +118,7 @@ class KVCacheManager:
                 pool.release(table[i])
                 table[i] = page
             table.extend(pool.allocate() for _ in range(end - len(table)))
+        seq.reserved = end * self.page_size
         return True
 
     def register(self, seq: Sequence) -> None:
@@ -138,7 +142,7 @@ class KVCacheManager:
                 if page != NULL_PAGE:
                     pool.release(page)
         seq.tables = []
-        seq.computed = seq.registered = 0
+        seq.computed = seq.registered = seq.reserved = 0
 
     def take_copies(self) -> list[PageCopy]:
         copies, self.copies = self.copies, []

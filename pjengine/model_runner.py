@@ -13,26 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjengine.batch import (
-    BlockTables,
-    Bucket,
-    SamplerKey,
-    fill_forward,
-    fill_sampler,
-    forward_layout,
-    needs_state,
-    sampler_key,
-    sampler_layout,
-    unpack_forward,
-    unpack_sampler,
-    wants_prompt_logprobs,
-)
+from pjengine.batch import BlockTables, Bucket, RowArrays, fill_forward, forward_layout, unpack_forward
 from pjengine.device_cache import copy_pages, make_cache
 from pjengine.engine import StepResult
 from pjengine.executables import ExecutableStore, compile_all
 from pjengine.kv_cache import PageCopy
 from pjengine.request import TokenLogprobs
 from pjengine.sampler import Logprobs, Sampled, SamplerState, Variant, compute_logprobs, init_state, sample, set_slot
+from pjengine.sampling_batch import (
+    SamplerKey,
+    SamplingTable,
+    needs_state,
+    sampler_layout,
+    unpack_sampler,
+    wants_prompt_logprobs,
+)
 from pjengine.scheduler import Batch
 from pjengine.sequence import Sequence as Seq
 from pjengine.step_inputs import KVCache
@@ -118,12 +113,12 @@ class ModelRunner:
         progress: bool = True,
     ):
         self.shape = shape
-        self._eos = eos
         self.params = params
         self._jit_sample = jax.jit(_sample_step, donate_argnums=1, static_argnums=3)
         self._set_slot = jax.jit(set_slot, donate_argnums=0)
         self._prompt_logprobs = prompt_logprobs_function(module, model_config)
         self._tables = BlockTables(shape.groups, shape.slots, shape.max_pages, shape.page_size)
+        self._sampling = SamplingTable(shape.slots, eos)
         self._layouts = {b: forward_layout(b, shape.groups, shape.max_pages) for b in shape.buckets}
         state = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size))
         jitted = forward_function(module, model_config, shape)
@@ -151,16 +146,18 @@ class ModelRunner:
         if copies:
             self._cache = copy_pages(self._cache, copies)
         for seq in batch.admitted:
+            self._sampling.load(seq)
             if needs_state(seq):
                 self._load_slot(seq)
         bucket = self.bucket_for(batch)
-        packed = fill_forward(batch, bucket, self._layouts[bucket], self._tables)
+        rows = RowArrays.of(batch)
+        packed = fill_forward(batch, rows, bucket, self._layouts[bucket], self._tables)
         logits, hidden, self._cache = self._forward[bucket](self.params, self._cache, self._state.tail, packed)
-        key = sampler_key(batch, bucket.rows, self._eos)
-        packed = fill_sampler(batch, key, sampler_layout(key), self.shape.slots, self._eos)
+        key = self._sampling.key(batch, rows, bucket.rows)
+        packed = self._sampling.fill(batch, rows, key, sampler_layout(key))
         sampled, self._state = self._sampler(key)(logits, self._state, packed)
         prompt_logprobs = None
-        if any(wants_prompt_logprobs(row) for row in batch.rows):
+        if hidden is not None and any(wants_prompt_logprobs(row) for row in batch.rows):
             prompt_logprobs = self._prompt_logprobs(self.params, hidden, _next_tokens(batch, bucket))
         for array in jax.tree.leaves((sampled, prompt_logprobs)):
             array.copy_to_host_async()

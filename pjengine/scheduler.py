@@ -12,13 +12,13 @@ import bisect
 import dataclasses
 import heapq
 import time
+from typing import NamedTuple
 
 from pjengine.kv_cache import KVCacheManager
 from pjengine.sequence import Sequence, Status
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's part of a step: tokens [start, start + count) are computed.
 
     `pending`: the last of them was sampled by an earlier step and is known only to the device.
@@ -111,13 +111,12 @@ class Scheduler:
             self._release_children(parent)
         self._prompts_done = []
         queue = list(self.running)
-        for seq in queue:
-            seq.settled = seq.computed
         for i, seq in enumerate(queue):
             if budget == 0:
                 break
             if seq.status is not Status.RUNNING:
                 continue  # preempted below for an earlier one
+            seq.settled = seq.computed
             # A long prompt leaves each later sequence one token of the budget: nobody's decoding stalls behind it.
             count = min(seq.uncomputed, max(1, budget - (len(queue) - 1 - i)))
             if count == 0:
@@ -207,7 +206,8 @@ class Scheduler:
         )
         seq.computed = end
         seq.pending += row.samples
-        self.cache.register(seq)
+        if end - seq.registered * self.cache.page_size >= self.cache.page_size:
+            self.cache.register(seq)
         if seq.children and end >= seq.prompt_len:
             self._prompts_done.append(seq)
         return row

@@ -42,6 +42,7 @@ class Sequence:
     status: Status = Status.WAITING
     tables: list[list[int]] = dataclasses.field(default_factory=list)
     page_hashes: list[bytes] = dataclasses.field(default_factory=list)
+    reserved: int = 0  # positions below this have pages that only this sequence writes
     registered: int = 0  # leading full pages offered to the prefix cache
     prefill_target: int = 0  # known tokens at admission: a prefill (or recompute) lasts up to here
     cached_tokens: int = 0

@@ -11,11 +11,12 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from pjengine.batch import BlockTables, Bucket, SamplerKey, fill_forward, fill_sampler, forward_layout, sampler_layout
+from pjengine.batch import BlockTables, Bucket, RowArrays, fill_forward, forward_layout
 from pjengine.engine import Engine, StepResult
 from pjengine.engine_info import EngineInfo
 from pjengine.kv_cache import CacheGroup, KVCacheManager, PageCopy
 from pjengine.sampler import Variant
+from pjengine.sampling_batch import SamplerKey, SamplingTable, sampler_layout
 from pjengine.scheduler import Batch, Scheduler
 
 VOCAB = 50
@@ -54,6 +55,7 @@ class SimulatedRunner:
         self.pages = [np.full((g.num_pages, cache.page_size), -7) for g in cache.groups]
         self.max_pages = max(g.num_pages for g in cache.groups) * 4
         self.tables = BlockTables(len(cache.groups), slots, self.max_pages, cache.page_size)
+        self.sampling = SamplingTable(slots, frozenset())
         self.newest = np.full(slots + 1, -1)
 
     def dispatch(self, batch: Batch, copies: SequenceOf[PageCopy]) -> Done:
@@ -62,9 +64,12 @@ class SimulatedRunner:
         rows = len(batch.rows)
         bucket = Bucket(rows if batch.decode else batch.num_tokens + 3, rows + (0 if batch.decode else 2), batch.decode)
         layout = forward_layout(bucket, len(self.groups), self.max_pages)
-        v = layout.views(fill_forward(batch, bucket, layout, self.tables))
+        columns = RowArrays.of(batch)
+        v = layout.views(fill_forward(batch, columns, bucket, layout, self.tables))
         key = SamplerKey(bucket.rows, Variant.SAMPLE)
-        s = sampler_layout(key).views(fill_sampler(batch, key, sampler_layout(key), len(self.newest) - 1, frozenset()))
+        for seq in batch.admitted:
+            self.sampling.load(seq)
+        s = sampler_layout(key).views(self.sampling.fill(batch, columns, key, sampler_layout(key)))
         for r, slot in enumerate(v["pending_slots"]):
             if slot >= 0:
                 v["token_ids"][v["query_starts"][r + 1] - 1] = self.newest[slot]

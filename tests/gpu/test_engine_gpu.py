@@ -87,7 +87,7 @@ def test_smollm2_logits_in_bfloat16(smollm2: str, decode: bool) -> None:
     first = golden["starts"][:-1] + golden["prompt_lens"] - 1
     chosen = (first[:, None] + np.arange(64)).ravel()
     logits = np.asarray(jax.jit(model.logits, static_argnums=2)(params, jnp.asarray(hidden[chosen]), config))
-    assert relative_error(logits[:, golden["columns"]].reshape(golden["logits"].shape), golden["logits"]) < 2e-2
+    assert relative_error(logits[:, golden["columns"]].reshape(golden["logits"].shape), golden["logits"]) < 3e-2
 
 
 @pytest.fixture(scope="module")
