@@ -20,10 +20,16 @@ NAMES = ("mosaic", "triton", "reference")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The device a call is traced for. compute_capability: 90 for Hopper; None where there is no NVIDIA GPU."""
+    """The device a call is traced for.
+
+    Attributes:
+      compute_capability: 90 for Hopper; None where there is no NVIDIA GPU.
+      cores: streaming multiprocessors; None where unknown.
+    """
 
     platform: str
     compute_capability: int | None = None
+    cores: int | None = None
 
 
 def current_target() -> Target:
@@ -31,12 +37,14 @@ def current_target() -> Target:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         hopper = any(name in abstract.device_kind for name in ("H100", "H200"))
-        return Target("gpu", 90 if hopper else None)
+        return Target("gpu", 90 if hopper else None, abstract.num_cores)
     device: Any = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     capability = getattr(device, "compute_capability", None)
-    return Target(device.platform, int(capability.replace(".", "")) if capability else None)
+    if capability is None:
+        return Target(device.platform)
+    return Target(device.platform, int(str(capability).replace(".", "")), getattr(device, "core_count", None))
 
 
 @dataclasses.dataclass(frozen=True)

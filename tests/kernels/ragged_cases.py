@@ -53,19 +53,22 @@ def paged_case(
     kv_dtype: str | None = None,
     padding_rows: int = 0,
     padding_tokens: int = 0,
-    spare_pages: int = 3,
+    pages: int | None = None,
+    max_pages: int | None = None,
     shared_prefix_pages: int = 0,
 ) -> PagedCase:
     """A batch with shuffled pages; page 0, spare pages and the tails of last pages hold NaN.
 
-    shared_prefix_pages: so many leading pages of each row (as far as it has them, whole) are row 0's.
+    Args:
+      pages, max_pages: fix the shapes of the pools and block tables; None: a few more than needed.
+      shared_prefix_pages: so many leading pages of each row (as far as it has them, whole) are row 0's.
     """
     kv_dtype = kv_dtype or dtype
     rows = len(kv_lens) + padding_rows
     needed = [-(-max(n, 0) // page_size) for n in kv_lens]
-    pages = 1 + sum(needed) + spare_pages
+    pages = pages or 4 + sum(needed)
     order = rng.permutation(np.arange(1, pages))
-    max_pages = max([*needed, 1]) + 1
+    max_pages = max_pages or max([*needed, 1]) + 1
     tables = np.zeros((rows, max_pages), np.int32)
     used = 0
     for r, count in enumerate(needed):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.kv_write.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
-BACKENDS = (Backend("reference", accept, "pjengine.pallas_kernels.kv_write.reference", "rope_write_kv"),)
+BACKENDS = (
+    Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.kv_write.mosaic", "rope_write_kv"),
+    Backend("reference", accept, "pjengine.pallas_kernels.kv_write.reference", "rope_write_kv"),
+)
 
 
 def rope_write_kv(

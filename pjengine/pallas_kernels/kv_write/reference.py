@@ -29,14 +29,19 @@ def rope_write_kv(
     return q, _write(k_pages, k, write_slots, k_scale), _write(v_pages, v, write_slots, v_scale)
 
 
-def _write(pages: jax.Array, tokens: jax.Array, slots: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """pages with tokens [T, kv_heads, head_dim] at their slots; negative slots dropped."""
+def quantised(tokens: jax.Array, dtype: jnp.dtype, scale: jax.Array | None) -> jax.Array:
+    """tokens [T, kv_heads, head_dim] as the cache stores them: divided by scale, clipped where float8, cast."""
     if scale is not None:
         tokens = tokens.astype(jnp.float32) / jnp.broadcast_to(scale, tokens.shape[1:2])[:, None]
-    if pages.dtype.itemsize == 1:
-        limit = float(jnp.finfo(pages.dtype).max)  # beyond it a cast to float8 gives NaN
+    if dtype.itemsize == 1:
+        limit = float(jnp.finfo(dtype).max)  # beyond it a cast to float8 gives NaN
         tokens = jnp.clip(tokens.astype(jnp.float32), -limit, limit)
+    return tokens.astype(dtype)
+
+
+def _write(pages: jax.Array, tokens: jax.Array, slots: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """pages with tokens [T, kv_heads, head_dim] at their slots; negative slots dropped."""
     page_size = pages.shape[2]
     # A negative index would wrap around; one past the end is dropped.
     page = jnp.where(slots < 0, pages.shape[0], slots // page_size)
-    return pages.at[page, :, slots % page_size].set(tokens.astype(pages.dtype), mode="drop")
+    return pages.at[page, :, slots % page_size].set(quantised(tokens, pages.dtype, scale), mode="drop")

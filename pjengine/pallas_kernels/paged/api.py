@@ -5,9 +5,13 @@ from __future__ import annotations
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.paged.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
 
-BACKENDS = (Backend("reference", accept, "pjengine.pallas_kernels.paged.reference", "paged_attention"),)
+BACKENDS = (
+    Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.paged.mosaic", "paged_attention"),
+    Backend("reference", accept, "pjengine.pallas_kernels.paged.reference", "paged_attention"),
+)
 
 
 def paged_attention(
@@ -36,13 +40,13 @@ def paged_attention(
 
     Args:
       q: [T, heads, head_dim], bfloat16, float16 or float32.
-      k_pages, v_pages: [pages, kv_heads, page_size, head_dim] in q's dtype or float8_e4m3fn; kv_heads divides heads, and
-        query head h reads KV head h // (heads // kv_heads). Contents past a row's kv_len, and of pages no row uses, are
-        never part of a result, NaN included.
+      k_pages, v_pages: [pages, kv_heads, page_size, head_dim] in q's dtype or float8_e4m3fn; kv_heads divides heads,
+        and query head h reads KV head h // (heads // kv_heads). Contents past a row's kv_len, and of pages no row uses,
+        are never part of a result, NaN included.
       query_starts: int32 [R + 1], not decreasing, first 0. Tokens past the last one are padding.
       kv_lens: int32 [R]; 0 (or less) for a padding row: its output is zeros.
-      block_tables: int32 [R, max_pages]: entry j of row r is the page of positions [j * page_size, (j + 1) * page_size).
-        Entries past a row's pages are any valid page (0).
+      block_tables: int32 [R, max_pages]: entry j of row r is the page of positions [j * page_size,
+        (j + 1) * page_size). Entries past a row's pages are any valid page (0).
       scale: multiplies q·k before the softmax.
       decode: static promise that T == R and row r is token r; query_starts is not read then.
       window, chunk, soft_cap: as in AttentionSpec.

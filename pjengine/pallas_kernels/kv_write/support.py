@@ -1,0 +1,19 @@
+"""Which KV writes each GPU backend serves; cheap to import, unlike the backends themselves."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pjengine.pallas_kernels.backends import Target
+from pjengine.pallas_kernels.specs import KVWriteSpec
+
+
+def mosaic_refusal(spec: KVWriteSpec, target: Target) -> str | None:
+    """Why the Mosaic backend cannot serve such a call, or None."""
+    if target.compute_capability != 90:
+        return f"needs compute capability 9.0, got {target.compute_capability}"
+    if spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize % 16:
+        return f"a head of {spec.head_dim} {spec.kv_dtype} is no multiple of the 16 bytes that TMA moves"
+    if spec.head_dim > 256 or spec.kv_heads > 256:
+        return f"TMA boxes hold at most 256 elements a side, got {spec.kv_heads} heads of {spec.head_dim}"
+    return None

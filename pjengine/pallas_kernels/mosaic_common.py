@@ -1,0 +1,180 @@
+"""What the Mosaic GPU kernels share: tiles in shared memory, stores of some rows of a register tile, constants.
+
+Lane semantics throughout: every layout in the kernels is explicit, none is inferred.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+LOG2E = math.log2(math.e)
+TILE_ROWS = 64  # rows of one warpgroup's wgmma tile
+# Below every real score, yet finite: rescaling by exp2(old - new) must not meet inf - inf.
+MASKED = -1e30
+
+
+def compiler_params(**kwargs: Any) -> plgpu.CompilerParams:
+    """approx_math: exp2 and division as the hardware has them (2 ulp); far below bfloat16's rounding."""
+    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, **kwargs)
+
+
+def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory whose last two dimensions wgmma can read: tiled and swizzled."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def column(value: float, rows: int = TILE_ROWS) -> jax.Array:
+    """float32 [rows] constant in the layout of a wgmma tile's row reductions."""
+    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def tile(value: float, columns: int, rows: int = TILE_ROWS) -> jax.Array:
+    """float32 [rows, columns] constant in the wgmma accumulator layout."""
+    return plgpu.layout_cast(jnp.full((rows, columns), value, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def tile_iota(shape: tuple[int, int], dimension: int) -> jax.Array:
+    """int32 iota in the wgmma accumulator layout."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
+
+
+def load_rows(ref: Any) -> jax.Array:
+    """A wgmma tile [64, columns] in registers from a GMEM reference [n <= 64, columns]; row n - 1 repeats below it."""
+    count, columns = ref.shape
+    result = plgpu.ShapeDtypeStruct((TILE_ROWS, columns), ref.dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def load(ctx: Any, ref: Any) -> Any:
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        last = arith.constant(ir.IndexType.get(), count - 1)
+        registers = np.empty(layout.registers_shape(result.shape), dtype=object)
+        kind = ir.VectorType.get((layout.vector_length,), ir.MemRefType(ref.type).element_type)
+        for place, index in zip(np.ndindex(registers.shape), layout.thread_idxs(result.shape), strict=True):
+            registers[place] = vector.load(kind, ref, [arith.minui(index[0], last), *index[1:]])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref)
+
+
+def store_rows(ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) -> None:
+    """Writes the rows [begin, end) of a wgmma tile straight from registers to global memory.
+
+    Args:
+      ref: GMEM reference [n, columns]; row i of the tile goes to ref[i].
+      values: [64 * m, columns] in Layout.WGMMA, of ref's dtype.
+      begin, end: int32 scalars, end <= n.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def store(ctx: Any, ref: Any, values: Any, begin: Any, end: Any) -> None:
+        low, high = (arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in (begin, end))
+        indices = values.layout.thread_idxs(values.shape)
+        for index, register in zip(indices, values.registers.flat, strict=True):
+            above = arith.cmpi(arith.CmpIPredicate.sge, index[0], low)
+            below = arith.cmpi(arith.CmpIPredicate.slt, index[0], high)
+            with mgpu_utils.when(arith.andi(above, below)):
+                vector.store(register, ref, list(index))
+
+    store(ref, values, begin, end)
+
+
+def store_column(ref: Any, values: jax.Array, rows: jax.Array) -> None:
+    """As store_rows, for a [64 * m] vector in Layout.WGMMA.reduce(1)."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WG_SPLAT))
+    def store(ctx: Any, ref: Any, values: Any, rows: Any) -> None:
+        limit = arith.index_cast(ir.IndexType.get(), rows.registers.item())
+        indices = values.layout.thread_idxs(values.shape)
+        for index, register in zip(indices, values.registers.flat, strict=True):
+            keep = arith.cmpi(arith.CmpIPredicate.ult, index[0], limit)
+            with mgpu_utils.when(keep):
+                vector.store(register, ref, list(index))
+
+    store(ref, values, rows)
+
+
+def store_prefix(ref: Any, values: jax.Array, layout: Any, size: int) -> None:
+    """Writes the first `size` elements of a vector to global memory.
+
+    Args:
+      ref: GMEM reference [size].
+      values: [n] in `layout`, n >= size, of ref's dtype.
+      layout: a WG_STRIDED layout whose vector size divides `size`.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def store(ctx: Any, ref: Any, values: Any) -> None:
+        limit = arith.constant(ir.IndexType.get(), size)
+        for index, register in zip(values.layout.linear_thread_idxs(), values.registers.flat, strict=True):
+            keep = arith.cmpi(arith.CmpIPredicate.ult, index, limit)
+            with mgpu_utils.when(keep):
+                vector.store(register, ref, [index])
+
+    store(ref, values)
+
+
+def clear_rows_from(smem: Any, end: jax.Array) -> None:
+    """Zeroes the rows from `end` on of a tiled [rows, columns] buffer: they may hold NaN, and 0 * NaN is NaN.
+
+    Nothing happens where end >= rows. Several warpgroups may clear one buffer at once.
+    """
+    rows = smem.shape[0]
+
+    @pl.when(end < rows)
+    def _() -> None:
+        for start in range(0, rows, TILE_ROWS):
+            part = smem.at[pl.ds(start, TILE_ROWS)]
+
+            @pl.when(end < start + TILE_ROWS)
+            def _(part: Any = part, start: int = start) -> None:
+                values = part[...]
+                keep = tile_iota(values.shape, 0) < end - start
+                part[...] = jnp.where(keep, values, jnp.zeros_like(values))
+
+        plgpu.commit_smem()
+
+
+def launch(
+    body: Any,
+    operands: tuple[Any, ...],
+    *,
+    scratch: dict[str, Any],
+    grid: dict[str, int],
+    name: str,
+    warpgroups: int = 1,
+    out_type: tuple[Any, ...] = (),
+) -> Any:
+    """Runs a Mosaic kernel; unlike `plgpu.kernel` it may also write operands that are `jax.new_ref`s.
+
+    Args:
+      body: called with a reference per operand and per output, and the scratch by name. The axis "wg" is the warpgroup.
+      grid: size of each named grid axis.
+    Returns: the outputs.
+    """
+
+    def kernel(*refs: Any) -> None:
+        pl.run_scoped(functools.partial(body, *refs), collective_axes="wg", **scratch)
+
+    mesh = plgpu.Mesh(
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="wg",
+        kernel_name=name,
+    )
+    return pl.kernel(kernel, out_type=out_type, mesh=mesh, compiler_params=compiler_params(), name=name)(*operands)

@@ -1,0 +1,25 @@
+"""Which paged attention calls each GPU backend serves; cheap to import, unlike the backends themselves."""
+
+from __future__ import annotations
+
+from pjengine.pallas_kernels.backends import Target
+from pjengine.pallas_kernels.specs import AttentionSpec
+
+
+def mosaic_refusal(spec: AttentionSpec, target: Target) -> str | None:
+    """Why the Mosaic backend cannot serve such a call, or None."""
+    if target.compute_capability != 90:
+        return f"needs compute capability 9.0, got {target.compute_capability}"
+    if spec.dtype not in ("bfloat16", "float16"):
+        return f"the tensor cores take bfloat16 and float16, got {spec.dtype}"
+    if spec.kv_dtype != spec.dtype:
+        return f"q and the cache must have one dtype, got {spec.dtype} and {spec.kv_dtype}"
+    if spec.head_dim not in (64, 128):
+        return f"head_dim must be 64 or 128, got {spec.head_dim}"
+    if spec.group > 16:
+        return f"at most 16 query heads per KV head, got {spec.group}"
+    if spec.page_size not in (16, 32, 64, 128):
+        return f"page_size must be 16, 32, 64 or 128, got {spec.page_size}"
+    if spec.sinks or spec.kv_scales:
+        return "attention sinks and KV scales are not implemented"
+    return None

@@ -1,0 +1,182 @@
+"""Every GPU kernel against the float32 reference over random ragged batches; needs a Hopper GPU (`scripts/gpu_check`)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjengine.pallas_kernels import packed_attention, paged_attention, rope_write_kv
+from tests.kernels.ragged_cases import PagedCase, paged_case, random_lens, relative_error
+
+pytestmark = pytest.mark.gpu
+
+# heads, kv_heads, head_dim, page_size: Llama 3.1 8B, SmolLM2 135M, Qwen2 0.5B, and others
+SHAPES = [(32, 8, 128, 64), (32, 8, 128, 16), (9, 3, 64, 16), (14, 2, 64, 128), (8, 8, 128, 32), (16, 1, 64, 64)]
+BFLOAT16_ERROR = 1e-2
+ROWS, TOKENS, LONGEST = 12, 1024, 700
+SEEDS = 12
+
+paged = jax.jit(paged_attention, static_argnames=("scale", "decode", "window", "chunk", "soft_cap", "backend"))
+
+
+def in_float32(case: PagedCase) -> tuple[Any, ...]:
+    return tuple(x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in case.arrays())
+
+
+def check(case: PagedCase, *, backend: str = "mosaic", error: float = BFLOAT16_ERROR, **options: Any) -> None:
+    actual = paged(*case.arrays(), scale=case.scale, backend=backend, **options)
+    again = paged(*case.arrays(), scale=case.scale, backend=backend, **options)
+    expected = paged(*in_float32(case), scale=case.scale, backend="reference", **options)
+    real = int(case.query_starts[-1])
+    assert relative_error(actual[:real].astype(jnp.float32), np.asarray(expected[:real])) < error
+    assert jnp.isfinite(actual).all()
+    assert (actual == again).all(), "two runs differ"
+
+
+def decode_case(seed: int, heads: int, kv_heads: int, head_dim: int, page_size: int, **options: Any) -> PagedCase:
+    rng = np.random.default_rng(seed)
+    lens = [int(n) for n in rng.integers(1, LONGEST, ROWS)]
+    lens[seed % ROWS] = 1
+    lens[(seed + 5) % ROWS] = 0
+    max_pages = -(-LONGEST // page_size)
+    return paged_case(
+        rng,
+        [1] * ROWS,
+        lens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        pages=1 + ROWS * max_pages,
+        max_pages=max_pages,
+        shared_prefix_pages=seed % 3,
+        **{"dtype": "bfloat16", **options},
+    )
+
+
+def mixed_case(seed: int, heads: int, kv_heads: int, head_dim: int, page_size: int, **options: Any) -> PagedCase:
+    rng = np.random.default_rng(seed)
+    query_lens, kv_lens = random_lens(rng, ROWS - seed % 3, LONGEST)
+    while sum(query_lens) > TOKENS:
+        query_lens[int(np.argmax(query_lens))] //= 2
+    max_pages = -(-LONGEST // page_size)
+    return paged_case(
+        rng,
+        query_lens,
+        kv_lens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        padding_rows=seed % 3,
+        padding_tokens=TOKENS - sum(query_lens),
+        pages=1 + ROWS * max_pages,
+        max_pages=max_pages,
+        shared_prefix_pages=seed % 3,
+        **{"dtype": "bfloat16", **options},
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode(shape: tuple[int, int, int, int]) -> None:
+    for seed in range(SEEDS):
+        check(decode_case(seed, *shape), decode=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mixed(shape: tuple[int, int, int, int]) -> None:
+    for seed in range(SEEDS):
+        check(mixed_case(seed, *shape))
+
+
+@pytest.mark.parametrize("options", [{"window": 100}, {"chunk": 128}, {"soft_cap": 5.0}])
+@pytest.mark.parametrize("decode", [True, False])
+def test_options(options: dict[str, Any], decode: bool) -> None:
+    for seed in range(3):
+        case = (decode_case if decode else mixed_case)(seed, *SHAPES[0])
+        check(case, decode=decode, **options)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_float16(decode: bool) -> None:
+    case = (decode_case if decode else mixed_case)(1, *SHAPES[2], dtype="float16")
+    check(case, decode=decode, error=2e-3)
+
+
+@pytest.mark.parametrize("lens", [[5000], [1], [64] * 200, [1, 9000, 2, 300]])
+def test_decode_of_extreme_lengths(lens: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    case = paged_case(rng, [1] * len(lens), lens, heads=32, kv_heads=8, head_dim=128, page_size=64, dtype="bfloat16")
+    check(case, decode=True)
+
+
+@pytest.mark.parametrize("tokens", [300, 129, 64, 1, 2049])
+def test_one_prompt_alone(tokens: int) -> None:
+    """Token counts that are no multiple of a tile, no decode rows beside them."""
+    rng = np.random.default_rng(0)
+    case = paged_case(
+        rng,
+        [tokens],
+        [tokens],
+        heads=8,
+        kv_heads=2,
+        head_dim=128,
+        page_size=64,
+        dtype="bfloat16",
+        padding_rows=2,
+        padding_tokens=5,
+    )
+    check(case)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 16, 64), (12, 12, 32), (8, 2, 128)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed(heads: int, kv_heads: int, head_dim: int, causal: bool) -> None:
+    run = jax.jit(packed_attention, static_argnames=("scale", "causal", "backend"))
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        lens = [int(n) for n in rng.integers(0, [20, 600][seed % 2], 40 if seed % 2 == 0 else 4)]
+        starts = np.cumsum([0, *lens]).astype(np.int32)
+        tokens = int(starts[-1]) + 37
+        q, k, v = (
+            jnp.asarray(rng.standard_normal((tokens, n, head_dim)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)
+        )
+        actual = run(q, k, v, starts, scale=0.2, causal=causal, backend="auto")
+        float32 = (x.astype(jnp.float32) for x in (q, k, v))
+        expected = run(*float32, starts, scale=0.2, causal=causal, backend="reference")
+        assert relative_error(actual[: starts[-1]].astype(jnp.float32), np.asarray(expected[: starts[-1]])) < 1e-2
+        assert jnp.isfinite(actual).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 3000])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size"), [(32, 8, 128, 64), (9, 3, 64, 16)])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_rope_write_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> None:
+    """q, k and v are slices of one projection, as a model makes them; the pools are donated."""
+    rng = np.random.default_rng(tokens)
+    pages = tokens // page_size + 4
+    slots = rng.permutation(np.arange(page_size, pages * page_size))[:tokens].astype(np.int32)
+    slots[1::7] = -1
+    width = (heads + 2 * kv_heads) * head_dim
+    qkv = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
+    angles = rng.uniform(0, 6, (tokens, head_dim // 2))
+    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    start = jnp.asarray(rng.standard_normal((2, pages, kv_heads, page_size, head_dim)), kv_dtype)
+
+    @functools.partial(jax.jit, static_argnames="backend", donate_argnums=(3, 4))
+    def write(qkv: Any, cos: Any, sin: Any, k_pages: Any, v_pages: Any, backend: str) -> Any:
+        parts = jnp.split(qkv, [heads * head_dim, (heads + kv_heads) * head_dim], axis=1)
+        q, k, v = (x.reshape(tokens, -1, head_dim) for x in parts)
+        return rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, slots, backend=backend)
+
+    actual = write(qkv, cos, sin, *(jnp.copy(x) for x in start), backend="mosaic")
+    expected = write(qkv, cos, sin, *(jnp.copy(x) for x in start), backend="reference")
+    for name, a, b in zip(("q", "k_pages", "v_pages"), actual, expected, strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)), err_msg=name
+        )
