@@ -113,6 +113,8 @@ def check_error(answer: httpx.Response, status: int, param: str | None, code: st
         ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["audio"]}, "modalities[0]"),
         ({"functions": []}, "functions"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": ["a"]}, "chat_template_kwargs"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"prediction": {}}, "prediction"),
         ({"temprature": 1}, "temprature"),

@@ -67,7 +67,7 @@ def test_content_parts_and_roles(server: LiveServer) -> None:
         {"role": "tool", "content": "!", "tool_call_id": "1"},
     ]
     found = server.post("/tokenize", {"messages": messages, "return_token_strs": True}).json()["token_strs"]
-    assert "".join(found) == "<s><|system|>be <|user|>brief<|assistant|><|tool|>!<|assistant|>"
+    assert "".join(found) == "<s><|system|>be <|user|>b\nrief<|assistant|><|tool|>!<|assistant|>"
 
 
 def test_an_answer_can_be_sent_back(server: LiveServer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pjengine.sampling_params import MAX_LOGPROBS
@@ -29,7 +29,7 @@ class TextPart(RequestModel):
 
 
 class ChatMessage(RequestModel):
-    """One message of the conversation; `content` parts of type text are joined."""
+    """One message of the conversation; `content` parts of type text are joined by line breaks."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Annotated[str, STRING] | Annotated[list[TextPart], LIST], STRING_OR_LIST] | None = None
@@ -55,10 +55,21 @@ class ChatMessage(RequestModel):
         content = self.content
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": "".join(part.text for part in content) if isinstance(content, list) else content or "",
+            "content": "\n".join(part.text for part in content) if isinstance(content, list) else content or "",
         }
         optional = {"name": self.name, "tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
         return message | {name: value for name, value in optional.items() if value is not None}
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := {"self", "messages", "tools", "add_generation_prompt"} & value.keys():
+        raise PydanticCustomError("template_variable", "{name} is set by the server", {"name": min(taken)})
+    return value
+
+
+TemplateVariables = Annotated[
+    dict[str, Any], AfterValidator(_variables), Field(description="For the model's template.")
+]
 
 
 class ResponseFormat(RequestModel):
@@ -73,7 +84,7 @@ class ChatCompletionRequest(SamplingRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
     add_special_tokens: bool = Field(False, description="Chat templates write the special tokens themselves.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the model's template.")
+    chat_template_kwargs: TemplateVariables | None = None
     response_format: ResponseFormat | None = None
 
     parallel_tool_calls: Ignored = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pjengine.serving.protocol.base import RequestModel, ResponseModel
-from pjengine.serving.protocol.chat import ChatMessage
+from pjengine.serving.protocol.chat import ChatMessage, TemplateVariables
 from pjengine.serving.protocol.completions import TokenIds
 
 
@@ -20,7 +20,7 @@ class TokenizeRequest(RequestModel):
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="null: true for a prompt, false for messages.")
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool = False
 
     @model_validator(mode="after")
