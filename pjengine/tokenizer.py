@@ -31,7 +31,7 @@ class Tokenizer:
 
     Args:
       backend: the vocabulary and its rules.
-      config: tokenizer_config.json: special tokens, chat template.
+      config: as tokenizer_config.json: special tokens, chat templates as a list of {"name": …, "template": …}.
 
     Attributes:
       backend: for libraries that take a `tokenizers.Tokenizer`; not to be changed.
@@ -51,7 +51,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         byte_level = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
         self.token_bytes = functools.lru_cache(maxsize=None)(self._token_bytes) if byte_level else None
-        templates = _templates(config.get("chat_template"))
+        templates = {entry["name"]: entry["template"] for entry in config.get("chat_template") or ()}
         self.chat_template = ChatTemplate(templates, special) if templates else None
 
     @classmethod
@@ -75,9 +75,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         config = _json(path / "special_tokens_map.json") | _json(path / "tokenizer_config.json")
-        template = path / "chat_template.jinja"
-        if template.is_file():
-            config["chat_template"] = template.read_text("utf-8")
+        config["chat_template"] = _named_templates(config.get("chat_template"), path)
         if "add_bos_token" in config or "add_eos_token" in config:
             _honour_bos_and_eos(backend, config)
         return cls(backend, config)
@@ -179,17 +177,19 @@ def _text_of(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _templates(found: Any) -> dict[str, str]:
-    if found is None:
-        return {}
-    if isinstance(found, str):
-        return {"default": found}
+def _named_templates(found: Any, path: Path) -> list[dict[str, str]]:
+    """Chat templates by name: of tokenizer_config.json (text or a list of named ones), or of files, which override."""
     try:
-        return {entry["name"]: entry["template"] for entry in found}
+        entries = [{"name": "default", "template": found}] if isinstance(found, str) else found or ()
+        templates = {entry["name"]: entry["template"] for entry in entries}
     except (TypeError, KeyError) as error:
         raise ModelError(
-            f"tokenizer_config.json: chat_template: expected text or a list of named ones, got {found!r:.80}"
+            f"{path / 'tokenizer_config.json'}: chat_template: expected text or a list of named ones, got {found!r:.80}"
         ) from error
+    for file in (path / "chat_template.jinja", *path.glob("additional_chat_templates/*.jinja")):
+        if file.is_file():
+            templates["default" if file.parent == path else file.stem] = file.read_text("utf-8")
+    return [{"name": name, "template": template} for name, template in templates.items()]
 
 
 def _json(path: Path) -> dict[str, Any]:

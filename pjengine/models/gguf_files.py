@@ -74,6 +74,8 @@ def config_of(header: GGUFHeader) -> dict[str, Any]:
 
     config: dict[str, Any] = {"model_type": ARCHITECTURES[arch], "dtype": "bfloat16", "hidden_act": "silu"}
     config |= {field: header.require(f"{arch}.{key}") for field, key in _REQUIRED.items()}
+    config["vocab_size"] = _vocab_size(header)
+    _check_layers(header, config["num_hidden_layers"])
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = get("attention.head_count_kv", heads)
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
@@ -82,7 +84,6 @@ def config_of(header: GGUFHeader) -> dict[str, Any]:
         "attention.key_length", get("rope.dimension_count", config["hidden_size"] // config["num_attention_heads"])
     )
     config["rope_theta"] = get("rope.freq_base", 10000.0)
-    config["vocab_size"] = _vocab_size(header)
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     if arch != "qwen2":  # Qwen2's biases are part of the architecture, not a field of its config
         config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
@@ -152,6 +153,12 @@ def _permuted_heads(header: GGUFHeader) -> dict[str, int]:
         return {}
     config = config_of(header)
     return {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+
+
+def _check_layers(header: GGUFHeader, count: Any) -> None:
+    found = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if count != len(found):
+        raise ModelError(f"{header.path}: block_count is {count!r}, but there are tensors of {len(found)} layers")
 
 
 def _same_in_all_layers(header: GGUFHeader, field: str, value: Any) -> Any:

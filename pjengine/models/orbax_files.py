@@ -26,10 +26,11 @@ _COPIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
-    "1_Pooling/config.json",
+    "*_Pooling/config.json",
 )
 
 
@@ -125,10 +126,11 @@ def _write_tokenizer(source: Source, folder: Path) -> None:
         tokenizer_of(source.gguf).save(str(folder / "tokenizer.json"))
         _write_json(folder / "tokenizer_config.json", tokenizer_config_of(source.gguf))
         return
-    for name in _COPIED:
-        if (source.path / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.path / name, folder / name)
+    for pattern in _COPIED:
+        for file in source.path.glob(pattern):
+            copy = folder / file.relative_to(source.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -19,6 +19,7 @@ Kind = Literal["safetensors", "gguf", "orbax", "dummy"]
 ORBAX_WEIGHTS = "orbax"  # the folder of a converted model that holds its Orbax checkpoint
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
+_HUB_LEFT_OUT = ["*/*.safetensors", "consolidated*"]  # the same weights in other layouts
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _POOLING_MODES = {  # fields of 1_Pooling/config.json that are set to true
     "pooling_mode_cls_token": "cls",
@@ -211,7 +212,14 @@ def _hub_snapshot(repo: str, dummy: bool) -> Path:
 
     patterns = [p for p in _HUB_FILES if not (dummy and p.endswith(".safetensors"))]
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=constants.HF_HUB_OFFLINE))
+        return Path(
+            snapshot_download(
+                repo,
+                allow_patterns=patterns,
+                ignore_patterns=_HUB_LEFT_OUT,
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+        )
     except GatedRepoError as error:
         raise ModelError(
             f"model: {repo} is gated: accept its terms on the hub and log in (`hf auth login` or HF_TOKEN)"

@@ -113,6 +113,7 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"metadata": {"llama.block_count": 9}}, r"block_count is 9, but there are tensors of 2 layers"),
         ({"arch": "mamba"}, r"general\.architecture: 'mamba' is not supported in GGUF; llama, qwen2, qwen3 are"),
         ({"metadata": {"llama.attention.head_count_kv": [2, 1]}}, r"num_key_value_heads: differs between layers"),
         (

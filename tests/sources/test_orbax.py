@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,10 @@ from pjengine.models import load
 from pjengine.models.conversion import convert
 from pjengine.models.loading import choose_dtype, load_source, model_of
 from pjengine.models.params import is_spec
-from pjengine.models.sources import resolve
+from pjengine.models.sources import Pooling, resolve
 from pjengine.tokenizer import load_tokenizer
 from tests.sources.checkpoints import CONFIG, write_directory, write_gguf
-from tests.text.vocabularies import byte_level_metadata
+from tests.text.vocabularies import byte_level_metadata, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +74,51 @@ def test_restores_with_shardings(converted: tuple[Path, Path]) -> None:
     assert {array.sharding for array in jax.tree.leaves(params)} == {placed}
 
 
+SHARDED = """
+import sys
+import jax, numpy as np
+from pjengine.models.loading import load_source, model_of
+from pjengine.models.params import is_spec
+from pjengine.models.sources import Pooling, resolve
+
+mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+halves = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+for path in sys.argv[1:]:
+    source = resolve(path)
+    module, config = model_of(source)
+    shardings = jax.tree.map(lambda _: halves, module.param_specs(config), is_leaf=is_spec)
+    sharded = load_source(source, module, config, "float32", shardings=shardings)
+    assert all(array.addressable_shards[0].data.shape[0] * 2 == array.shape[0] for array in jax.tree.leaves(sharded))
+    jax.tree.map(np.testing.assert_array_equal, sharded, load_source(source, module, config, "float32"))
+"""
+
+
+def test_each_device_gets_its_shards(converted: tuple[Path, Path]) -> None:
+    """On two CPU devices, which a process must ask for before it starts JAX."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", SHARDED, *map(str, converted)], check=True, env=environment)
+
+
 def test_dtype_that_was_asked_for_is_kept(tmp_path: Path) -> None:
     write_directory(tmp_path / "src")
     lines: list[str] = []
     source = resolve(str(convert(str(tmp_path / "src"), tmp_path / "dst", dtype="bfloat16", progress=lines.append)))
     assert choose_dtype(source, "auto", platform="gpu") == "bfloat16"
     assert [line.split()[0] for line in lines] == ["reading", "writing"]
+
+
+def test_keeps_what_a_sentence_transformer_needs(tmp_path: Path) -> None:
+    src = write_directory(tmp_path / "src")
+    modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "1_Pooling"}]
+    (src / "modules.json").write_text(json.dumps(modules))
+    (src / "1_Pooling").mkdir()
+    (src / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    write_tokenizer(src, chat_template="x")
+    converted = resolve(str(convert(str(src), tmp_path / "dst")))
+    assert converted.pooling == resolve(str(src)).pooling == Pooling("cls", normalize=False, max_seq_length=None)
+    tokenizer = load_tokenizer(converted)
+    assert tokenizer is not None
+    assert tokenizer.apply_chat_template([]) == "x"
 
 
 def test_refuses_a_destination_in_use(tmp_path: Path) -> None:

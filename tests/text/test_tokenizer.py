@@ -142,6 +142,19 @@ def test_template_file_comes_before_the_config(tmp_path: Path) -> None:
     assert Tokenizer.from_directory(tmp_path).apply_chat_template([]) == "file"
 
 
+def test_named_templates(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    write_tokenizer(tmp_path, chat_template=named)
+    assert Tokenizer.from_directory(tmp_path).apply_chat_template([], tools=[{}]) == "tools"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("file")
+    assert Tokenizer.from_directory(tmp_path).apply_chat_template([], tools=[{}]) == "file"
+    assert Tokenizer.from_directory(tmp_path).apply_chat_template([]) == "plain"
+    write_tokenizer(tmp_path, chat_template=[7])
+    with pytest.raises(ModelError, match=r"chat_template: expected text or a list of named ones, got \[7\]"):
+        Tokenizer.from_directory(tmp_path)
+
+
 def test_padding_and_cutting_of_the_file_are_off(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     backend = Tokenizer.from_directory(tmp_path).backend
