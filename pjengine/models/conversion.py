@@ -41,8 +41,16 @@ def convert(
         kept = checkpoint_dtype(source) if dtype == "auto" else choose_dtype(source, dtype)
         source = dataclasses.replace(source, config={**source.config, "dtype": kept.name})
     say(f"reading {source.path} as {kept}")
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_host()):
         params = load_source(source, module, config, kept)
         say(f"writing {destination}")
         write(source, params, destination)
     return destination
+
+
+def _host() -> jax.Device | None:
+    """The CPU, so that a model need not fit on the accelerator; None (the default) where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
