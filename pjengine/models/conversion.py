@@ -49,7 +49,7 @@ def convert(
 
 
 def _host() -> jax.Device | None:
-    """The CPU, so that a model need not fit on the accelerator; None, the default, where JAX_PLATFORMS leaves it out."""
+    """The CPU: a model need not fit on the accelerator. None, the default, where JAX_PLATFORMS leaves the CPU out."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
