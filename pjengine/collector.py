@@ -22,8 +22,9 @@ class _Sequence:
     """One of a request's sequences, so far."""
 
     index: int
-    detokenizer: Detokenizer | None
     text: str = ""
+    detokenizer: Detokenizer | None = None  # while tokens come and there are stop strings to find
+    unspelled: list[int] = dataclasses.field(default_factory=list)  # tokens whose text is not in `text` yet
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
@@ -49,10 +50,8 @@ class Collector:
         self.params = params
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self._sequences = [
-            _Sequence(index, Detokenizer.make(tokenizer, token_ids, params) if tokenizer else None)
-            for index in range(params.n)
-        ]
+        self._tokenizer = tokenizer
+        self._sequences = [_Sequence(index) for index in range(params.n)]
 
     @property
     def finished(self) -> bool:
@@ -77,20 +76,28 @@ class Collector:
             sequence.arrival = time.monotonic() - output.timings.finished
         sequence.finish_reason, sequence.stop_reason = output.finish_reason, output.stop_reason
         sequence.error = output.error
-        return sequence.detokenizer is not None and self._add_text(sequence, sequence.detokenizer, output)
+        return self._tokenizer is not None and self._add_text(sequence, output, self._tokenizer)
 
-    def _add_text(self, sequence: _Sequence, detokenizer: Detokenizer, output: Output) -> bool:
-        spelled = output.token_ids
+    def _add_text(self, sequence: _Sequence, output: Output, tokenizer: Tokenizer) -> bool:
+        finished = output.finish_reason is not None
+        sequence.unspelled += output.token_ids
         if output.finish_reason == "stop" and not self.params.include_stop_str_in_output:
-            spelled = spelled[:-1]  # the stop token is no part of the text
-        text, stopped = detokenizer.push(spelled, finished=output.finish_reason is not None)
+            sequence.unspelled.pop()  # the stop token is no part of the text
+        if not self.params.stop and not finished:
+            return False  # nobody reads the text before its end: spelling it at once is quicker
+        if sequence.detokenizer is None:
+            sequence.detokenizer = Detokenizer.make(tokenizer, self.token_ids, self.params)
+        text, stopped = sequence.detokenizer.push(sequence.unspelled, finished)
         sequence.text += text
+        sequence.unspelled = []
+        if finished or stopped is not None:
+            sequence.detokenizer = None
         if stopped is None:
             return False
         sequence.finish_reason, sequence.stop_reason = "stop", stopped
         if sequence.timings is not None:
             sequence.timings = msgspec.structs.replace(sequence.timings, finished=time.monotonic() - sequence.arrival)
-        return output.finish_reason is None
+        return not finished
 
     def result(self) -> RequestOutput:
         """The finished request. RuntimeError if it is not finished."""

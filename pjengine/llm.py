@@ -18,7 +18,16 @@ from pjengine.factory import make_engine
 from pjengine.interrupts import deferred_interrupts
 from pjengine.models.sources import resolve
 from pjengine.outputs import EmbeddingOutput, RequestOutput
-from pjengine.prompts import Message, Prompt, as_conversations, as_prompts, default_params, engine_params, fit_window
+from pjengine.prompts import (
+    Message,
+    Prompt,
+    as_conversations,
+    as_params,
+    as_prompts,
+    default_params,
+    engine_params,
+    fit_window,
+)
 from pjengine.request import Output, Request
 from pjengine.request_checks import check_prompt
 from pjengine.sampling_params import SamplingParams
@@ -223,13 +232,8 @@ class LLM:
             given = default_params(self._default_sampling)
         if isinstance(given, SamplingParams):
             each = [engine_params(given, info, self.tokenizer)] * count
-        elif len(given) == count:
-            each = [engine_params(p, info, self.tokenizer) for p in given]
         else:
-            raise InvalidRequest(
-                f"sampling_params: {len(given)} of them for {count} prompts; give one for all, or one each",
-                field="sampling_params",
-            )
+            each = [engine_params(p, info, self.tokenizer) for p in as_params(given, count)]
         return [fit_window(p, len(ids), info) for p, ids in zip(each, token_ids, strict=True)]
 
     def _require(self, kind: str, method: str) -> None:

@@ -93,9 +93,9 @@ def as_prompts(given: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
 
 def _as_token_ids(given: object, field: str) -> list[int]:
     items = _as_list(given, field)
-    wrong = next((item for item in items if not _is_token(item)), None)
-    if wrong is not None:
-        raise InvalidRequest(f"{field}: expected a string or token ids, got {wrong!r} among them", field=field)
+    for item in items:
+        if not _is_token(item):
+            raise InvalidRequest(f"{field}: expected a string or token ids, got {item!r} among them", field=field)
     return [operator.index(item) for item in items]
 
 
@@ -122,3 +122,19 @@ def as_conversations(given: Sequence[Message] | Sequence[Sequence[Message]]) -> 
                 field="messages",
             )
     return conversations
+
+
+def as_params(given: Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """The sampling parameters of `count` prompts; InvalidRequest unless there is one for each."""
+    items = list(given) if isinstance(given, Sequence) else [given]
+    for item in items:
+        if not isinstance(item, SamplingParams):
+            raise InvalidRequest(
+                f"sampling_params: expected SamplingParams, or a list of them, got {item!r}", field="sampling_params"
+            )
+    if len(items) != count:
+        raise InvalidRequest(
+            f"sampling_params: {len(items)} of them for {count} prompts; give one for all, or one each",
+            field="sampling_params",
+        )
+    return items

@@ -203,6 +203,7 @@ def test_without_a_tokenizer_ids_go_in_and_come_out(make_llm: MakeLLM) -> None:
         ([1, "a"], r"prompts\[0\]: expected a string or token ids"),
         ([True], r"prompts\[0\]: expected"),
         ([[1.5]], r"prompts\[0\]: expected .* got 1.5"),
+        ([[1, None]], r"prompts\[0\]: expected .* got None"),
         (None, "prompts: expected"),
         (7, "prompts: expected"),
         (b"bytes", "prompts: expected"),
@@ -220,6 +221,8 @@ def test_wrong_prompts_are_refused_by_name(llm: LLM, prompts: object, message: s
     [
         ([GREEDY], "sampling_params: 1 of them for 2 prompts"),
         ([GREEDY] * 3, "sampling_params: 3 of them for 2 prompts"),
+        ({"temperature": 0}, "sampling_params: expected SamplingParams"),
+        ([GREEDY, None], "sampling_params: expected SamplingParams, or a list of them, got None"),
         (SamplingParams(logit_bias={VOCAB: 1.0}), "logit_bias: token id"),
         (SamplingParams(allowed_token_ids=(VOCAB,)), "allowed_token_ids: token id"),
         (SamplingParams(stop_token_ids=(VOCAB,)), "stop_token_ids: token id"),
