@@ -20,7 +20,8 @@ def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequ
 
     def entry(token_id: int, logprob: float) -> TopLogprob:
         token = token_string(tokenizer, token_id)
-        return TopLogprob(token=token, logprob=logprob, bytes=list(token.encode()))
+        exact = tokenizer.token_bytes(token_id) if tokenizer.token_bytes else token.encode()
+        return TopLogprob(token=token, logprob=logprob, bytes=list(exact))
 
     content = []
     for token_id, at in zip(token_ids, logprobs, strict=True):

@@ -49,7 +49,8 @@ def make_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL_TOKENS))
-    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE})
+    templates = [{"name": "default", "template": TEMPLATE}]
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": templates})
 
 
 def load_text(config: EngineConfig) -> TextSide:
