@@ -104,14 +104,12 @@ def sample(
       logits: float32 [R, vocab].
       variant: GREEDY ignores every parameter; the caller picks a variant that covers all rows.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = _argmax(logits)
     if variant is Variant.GREEDY:
         tokens = greedy
     else:
         adjusted = adjust(logits, state, inputs)
-        tokens = jnp.where(inputs.temperature == 0, jnp.argmax(adjusted, axis=-1), draw(adjusted, inputs)).astype(
-            jnp.int32
-        )
+        tokens = jnp.where(inputs.temperature == 0, _argmax(adjusted), draw(adjusted, inputs)).astype(jnp.int32)
     logprobs = compute_logprobs(logits, tokens) if variant is Variant.LOGPROBS else None
     tail = state.tail[inputs.slots]
     tail = state.tail.at[inputs.slots].set(jnp.concatenate([tail[:, 1:], tokens[:, None]], axis=1))
@@ -174,6 +172,11 @@ def compute_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     top, top_ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
     rank = 1 + jnp.sum(logits > chosen, axis=-1)
     return Logprobs((chosen - norm)[:, 0], rank.astype(jnp.int32), top_ids.astype(jnp.int32), top - norm)
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """int32 [R]: the first index of each row's maximum."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
