@@ -38,7 +38,7 @@ def current_target() -> Target:
     if abstract is not None:
         hopper = any(name in abstract.device_kind for name in ("H100", "H200"))
         return Target("gpu", 90 if hopper else None, abstract.num_cores)
-    device: Any = jax.config.jax_default_device or jax.devices()[0]
+    device: Any = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     capability = getattr(device, "compute_capability", None)

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 LOG2E = math.log2(math.e)
+HOPPER_SMS = 132  # of an H100 or H200 SXM; assumed where the device does not say
 TILE_ROWS = 64  # rows of one warpgroup's wgmma tile
 # Below every real score, yet finite: rescaling by exp2(old - new) must not meet inf - inf.
 MASKED = -1e30
@@ -60,8 +61,8 @@ def load_rows(ref: Any) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
     def load(ctx: Any, ref: Any) -> Any:
-        layout = plgpu.Layout.WGMMA.to_mgpu()
-        last = arith.constant(ir.IndexType.get(), count - 1)
+        layout: Any = plgpu.Layout.WGMMA.to_mgpu()
+        last = mgpu.c(count - 1, ir.IndexType.get())
         registers = np.empty(layout.registers_shape(result.shape), dtype=object)
         kind = ir.VectorType.get((layout.vector_length,), ir.MemRefType(ref.type).element_type)
         for place, index in zip(np.ndindex(registers.shape), layout.thread_idxs(result.shape), strict=True):
@@ -119,7 +120,7 @@ def store_prefix(ref: Any, values: jax.Array, layout: Any, size: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def store(ctx: Any, ref: Any, values: Any) -> None:
-        limit = arith.constant(ir.IndexType.get(), size)
+        limit = mgpu.c(size, ir.IndexType.get())
         for index, register in zip(values.layout.linear_thread_idxs(), values.registers.flat, strict=True):
             keep = arith.cmpi(arith.CmpIPredicate.ult, index, limit)
             with mgpu_utils.when(keep):

@@ -1,4 +1,4 @@
-"""Every GPU kernel against the float32 reference over random ragged batches; needs a Hopper GPU (`scripts/gpu_check`)."""
+"""Every GPU kernel against the float32 reference over random ragged batches; needs a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -154,8 +154,10 @@ def test_packed(heads: int, kv_heads: int, head_dim: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 3000])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size"), [(32, 8, 128, 64), (9, 3, 64, 16)])
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size", "kv_dtype"),
+    [(32, 8, 128, 64, "bfloat16"), (9, 3, 64, 16, "bfloat16"), (32, 8, 128, 64, "float8_e4m3fn")],
+)
 def test_rope_write_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, page_size: int, kv_dtype: str) -> None:
     """q, k and v are slices of one projection, as a model makes them; the pools are donated."""
     rng = np.random.default_rng(tokens)
@@ -172,7 +174,7 @@ def test_rope_write_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, pa
     def write(qkv: Any, cos: Any, sin: Any, k_pages: Any, v_pages: Any, backend: str) -> Any:
         parts = jnp.split(qkv, [heads * head_dim, (heads + kv_heads) * head_dim], axis=1)
         q, k, v = (x.reshape(tokens, -1, head_dim) for x in parts)
-        return rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, slots, backend=backend)
+        return rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, jnp.asarray(slots), backend=backend)
 
     actual = write(qkv, cos, sin, *(jnp.copy(x) for x in start), backend="mosaic")
     expected = write(qkv, cos, sin, *(jnp.copy(x) for x in start), backend="reference")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,19 @@ from tests.kernels.ragged_cases import oracle_attention, relative_error
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "soft_cap"))
-def run(*arrays, **options):
+def run(*arrays: Any, **options: Any) -> Any:
     return packed_attention(*arrays, **options)
 
 
-def batch(lens, *, heads, kv_heads, head_dim, padding=0, seed=0):
+def batch(lens: list[int], *, heads: int, kv_heads: int, head_dim: int, padding: int = 0, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     tokens = sum(lens) + padding
     q, k, v = (rng.standard_normal((tokens, n, head_dim), np.float32) for n in (heads, kv_heads, kv_heads))
     return q, k, v, np.cumsum([0, *lens]).astype(np.int32)
 
 
-def oracle(q, k, v, starts, **options):
-    spans = zip(starts[:-1], starts[1:], strict=True)
+def oracle(q: Any, k: Any, v: Any, starts: Any, **options: Any) -> Any:
+    spans = itertools.pairwise(starts)
     return np.concatenate([oracle_attention(q[a:b], k[a:b], v[a:b], **options) for a, b in spans if b > a])
 
 
@@ -43,7 +45,7 @@ def oracle(q, k, v, starts, **options):
         {"sinks": True},
     ],
 )
-def test_matches_oracle(heads, kv_heads, head_dim, options):
+def test_matches_oracle(heads: int, kv_heads: int, head_dim: int, options: dict[str, Any]) -> None:
     q, k, v, starts = batch([3, 1, 0, 100, 17, 60], heads=heads, kv_heads=kv_heads, head_dim=head_dim, padding=6)
     options = {"causal": False, **options}
     if options.pop("sinks", None):
@@ -54,24 +56,24 @@ def test_matches_oracle(heads, kv_heads, head_dim, options):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradient(causal):
+def test_gradient(causal: bool) -> None:
     q, k, v, starts = batch([3, 1, 5], heads=2, kv_heads=1, head_dim=4, padding=2)
     sinks = jnp.array([0.3, -0.2])
 
-    def loss(q, k, v, sinks):
+    def loss(q: Any, k: Any, v: Any, sinks: Any) -> Any:
         return packed_attention(q, k, v, starts, scale=0.5, causal=causal, sinks=sinks)[: starts[-1]].sum()
 
     check_grads(loss, (q, k, v, sinks), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
-def test_padding_that_holds_nan_stays_out():
+def test_padding_that_holds_nan_stays_out() -> None:
     q, k, v, starts = batch([5, 4], heads=2, kv_heads=2, head_dim=8, padding=3)
     clean = run(q, k, v, starts, scale=0.5)
     k[9:], v[9:] = np.nan, np.nan
     np.testing.assert_array_equal(run(q, k, v, starts, scale=0.5)[:9], clean[:9])
 
 
-def test_contradicting_arguments_are_refused():
+def test_contradicting_arguments_are_refused() -> None:
     q, k, v, starts = batch([5], heads=2, kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match="k: "):
         packed_attention(q, k[:, :, :4], v[:, :, :4], starts, scale=1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +14,19 @@ from pjengine.pallas_kernels import apply_rope, rope_write_kv
 PAGES, KV_HEADS, PAGE, DIM = 5, 2, 4, 8
 
 
-def inputs(tokens=6, heads=6, seed=0, dtype=jnp.float32):
+def inputs(tokens: int = 6, heads: int = 6, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.standard_normal((tokens, n, DIM)), dtype) for n in (heads, KV_HEADS, KV_HEADS))
+    q, k, v = (jnp.asarray(rng.standard_normal((tokens, n, DIM)), jnp.float32) for n in (heads, KV_HEADS, KV_HEADS))
     angles = rng.uniform(0, 6, (tokens, DIM // 2))
     return q, k, v, jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
-def pools(dtype=jnp.float32):
-    return tuple(jnp.full((PAGES, KV_HEADS, PAGE, DIM), x, dtype) for x in (-1, -2))
+def pools(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+    k_pages, v_pages = (jnp.full((PAGES, KV_HEADS, PAGE, DIM), x, dtype) for x in (-1, -2))
+    return k_pages, v_pages
 
 
-def test_rope_is_a_rotation_of_pairs():
+def test_rope_is_a_rotation_of_pairs() -> None:
     q, _, _, cos, sin = inputs()
     halves = np.asarray(q)[..., : DIM // 2] + 1j * np.asarray(q)[..., DIM // 2 :]
     turned = halves * (np.asarray(cos) + 1j * np.asarray(sin))[:, None]
@@ -34,7 +37,7 @@ def test_rope_is_a_rotation_of_pairs():
         apply_rope(q, cos[:, :2], sin[:, :2])
 
 
-def test_writes_only_the_given_slots():
+def test_writes_only_the_given_slots() -> None:
     q, k, v, cos, sin = inputs()
     slots = jnp.array([4, 11, -1, 19, 13, -7], jnp.int32)
     rotated, k_pages, v_pages = rope_write_kv(q, k, v, cos, sin, *pools(), slots)
@@ -48,7 +51,7 @@ def test_writes_only_the_given_slots():
     np.testing.assert_array_equal(rotated, apply_rope(q, cos, sin))
 
 
-def test_without_angles_nothing_is_rotated():
+def test_without_angles_nothing_is_rotated() -> None:
     q, k, v, cos, _ = inputs()
     slots = jnp.arange(4, 10, dtype=jnp.int32)
     same, k_pages, _ = rope_write_kv(q, k, v, None, None, *pools(), slots)
@@ -59,7 +62,7 @@ def test_without_angles_nothing_is_rotated():
 
 
 @pytest.mark.parametrize("scale", [0.5, np.array([0.5, 0.125], np.float32)])
-def test_fp8_is_scaled_and_clipped(scale):
+def test_fp8_is_scaled_and_clipped(scale: Any) -> None:
     q, k, v, cos, sin = inputs()
     v = v.at[0, 0, 0].set(1e6).at[0, 0, 1].set(-1e6)
     slots = jnp.arange(4, 10, dtype=jnp.int32)
@@ -72,16 +75,16 @@ def test_fp8_is_scaled_and_clipped(scale):
     assert v_pages[1, 0, 0, 1] == -448
 
 
-def test_donated_pools_are_updated_in_place():
+def test_donated_pools_are_updated_in_place() -> None:
     q, k, v, cos, sin = inputs()
     write = jax.jit(rope_write_kv, donate_argnums=(5, 6))
     args = (q, k, v, cos, sin, *pools(), jnp.arange(4, 10, dtype=jnp.int32))
-    memory = write.lower(*args).compile().memory_analysis()
+    memory: Any = write.lower(*args).compile().memory_analysis()
     assert memory.alias_size_in_bytes == 2 * args[5].nbytes
     assert memory.temp_size_in_bytes < args[5].nbytes + 4096
 
 
-def test_contradicting_arguments_are_refused():
+def test_contradicting_arguments_are_refused() -> None:
     q, k, v, cos, sin = inputs()
     slots = jnp.arange(6, dtype=jnp.int32)
     with pytest.raises(ValueError, match="write_slots"):
@@ -89,4 +92,4 @@ def test_contradicting_arguments_are_refused():
     with pytest.raises(ValueError, match="k, v"):
         rope_write_kv(q, k[:3], v, cos, sin, *pools(), slots)
     with pytest.raises(ValueError, match="k_pages"):
-        rope_write_kv(q, k, v, cos, sin, *(p[:, :1] for p in pools()), slots)
+        rope_write_kv(q, k, v, cos, sin, pools()[0][:, :1], pools()[1][:, :1], slots)

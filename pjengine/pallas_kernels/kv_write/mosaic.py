@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjengine.pallas_kernels.kv_write.reference import quantised
-from pjengine.pallas_kernels.mosaic_common import launch
+from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, launch
 from pjengine.pallas_kernels.rope import apply_rope
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
 MAX_TOKENS_PER_BLOCK = 8
-SMS = 132  # only a heuristic's input: any number is correct
 
 
 def rope_write_kv(
@@ -51,7 +50,7 @@ def _write(
     k: jax.Array, v: jax.Array, k_pages: jax.Array, v_pages: jax.Array, slots: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     tokens, kv_heads, head_dim = k.shape
-    count = max(1, min(MAX_TOKENS_PER_BLOCK, tokens // (2 * SMS)))
+    count = max(1, min(MAX_TOKENS_PER_BLOCK, tokens // (2 * HOPPER_SMS)))
     k_ref, v_ref = (jax.new_ref(x, memory_space=plgpu.GMEM) for x in (k_pages, v_pages))
     launch(
         functools.partial(_write_kernel, count=count, tokens=tokens),

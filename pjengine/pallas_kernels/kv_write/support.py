@@ -14,6 +14,8 @@ def mosaic_refusal(spec: KVWriteSpec, target: Target) -> str | None:
         return f"needs compute capability 9.0, got {target.compute_capability}"
     if spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize % 16:
         return f"a head of {spec.head_dim} {spec.kv_dtype} is no multiple of the 16 bytes that TMA moves"
+    if spec.kv_heads * spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize % 128:
+        return f"{spec.kv_heads} heads of {spec.head_dim} {spec.kv_dtype} are no multiple of 128 bytes"
     if spec.head_dim > 256 or spec.kv_heads > 256:
         return f"TMA boxes hold at most 256 elements a side, got {spec.kv_heads} heads of {spec.head_dim}"
     return None

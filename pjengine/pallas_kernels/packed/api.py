@@ -5,9 +5,13 @@ from __future__ import annotations
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.packed.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
 
-BACKENDS = (Backend("reference", accept, "pjengine.pallas_kernels.packed.reference", "packed_attention"),)
+BACKENDS = (
+    Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.packed.mosaic", "packed_attention"),
+    Backend("reference", accept, "pjengine.pallas_kernels.packed.reference", "packed_attention"),
+)
 
 
 def packed_attention(

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.pallas_kernels.backends import Target, current_target
+from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan, paged_decode
 from pjengine.pallas_kernels.paged.mosaic_prefill import PrefillConfig, paged_prefill, prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
-
-HOPPER_SMS = 132
 
 
 def paged_attention(

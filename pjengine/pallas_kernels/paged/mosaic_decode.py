@@ -81,9 +81,7 @@ class _Segment:
     whole: jax.Array
 
 
-def decode_plan(
-    kv_lens: jax.Array, spec: AttentionSpec, config: DecodeConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def decode_plan(kv_lens: jax.Array, spec: AttentionSpec, config: DecodeConfig) -> tuple[jax.Array, jax.Array]:
     """What the kernels need to know about lengths; equal for all layers with one spec, so XLA computes it once a step.
 
     Args:
@@ -216,7 +214,7 @@ def _decode_kernel(
     def for_each_segment(body: Callable[[_Segment], None]) -> None:
         """Calls body for every segment of this worker's share, in the same order in both of its warpgroups."""
 
-        def one(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def one(state: Any) -> Any:
             position, row, head, step = state
             row_blocks = starts_ref[row + 1] - starts_ref[row]
             origin = starts_ref[row] * spec.kv_heads + head * row_blocks
@@ -270,7 +268,7 @@ def _decode_kernel(
             queries = load_rows(q_ref.at[pair])
             visible_from = _first(segment.length, spec)
 
-            def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def block(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
                 slot = ring_slot(segment.step + i)
                 barrier = lane * config.stages + slot
                 begin = (segment.first + i) * config.block
@@ -282,13 +280,18 @@ def _decode_kernel(
                     segment.length - begin,
                     visible_from - begin,
                     state,
+                    masked=masked,
                     spec=spec,
                     scale=scale,
                     config=config,
                 )
 
             state = (tile(0, spec.head_dim), column(MASKED), column(0))
-            acc, top, total = lax.fori_loop(0, segment.blocks, block, state)
+            whole = jnp.minimum(lax.div(segment.length, jnp.int32(config.block)) - segment.first, segment.blocks)
+            if spec.window is not None or spec.chunk is not None:
+                whole = jnp.int32(0)
+            state = lax.fori_loop(0, whole, functools.partial(block, masked=False), state)
+            acc, top, total = lax.fori_loop(whole, segment.blocks, functools.partial(block, masked=True), state)
             acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
 
             @pl.when(segment.whole)
@@ -313,35 +316,34 @@ def _attend_block(
     begin: jax.Array,
     state: tuple[jax.Array, ...],
     *,
+    masked: bool,
     spec: AttentionSpec,
     scale: float,
     config: DecodeConfig,
 ) -> tuple[jax.Array, ...]:
-    """One step of the online softmax over the block's tokens [begin, end), both clipped to [0, block)."""
+    """One step of the online softmax over all of a block, or where masked over its tokens [begin, end)."""
     k_full, v_full, k_free, v_free = barriers
     acc, top, total = state
     plgpu.barrier_wait(k_full)
 
     def scores(acc_ref: Any) -> jax.Array:
-        plgpu.wgmma(acc_ref, queries, plgpu.transpose_ref(k_smem, (1, 0)))
+        plgpu.wgmma(acc_ref, queries, k_smem.transpose((1, 0)))
         return acc_ref[...]
 
     qk = pl.run_scoped(scores, plgpu.ACC((TILE_ROWS, config.block), jnp.float32))
     plgpu.barrier_arrive(k_free)
-    token = tile_iota((TILE_ROWS, config.block), 1)
-    keep = token < end
-    if spec.window is not None or spec.chunk is not None:
-        keep = keep & (token >= begin)
     qk = qk * (scale * LOG2E) if spec.soft_cap is None else cap_scores(qk * scale, spec.soft_cap) * LOG2E
-    qk = jnp.where(keep, qk, -jnp.inf)
+    if masked:
+        token = tile_iota((TILE_ROWS, config.block), 1)
+        qk = jnp.where((token < end) & (token >= begin), qk, -jnp.inf)
     new_top = jnp.maximum(top, qk.max(axis=1))
     rescale = jnp.exp2(top - new_top)
     weights = jnp.exp2(qk - lax.broadcast_in_dim(new_top, qk.shape, [0]))
     total = total * rescale + weights.sum(axis=1)
     acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
     plgpu.barrier_wait(v_full)
-
-    clear_rows_from(v_smem, end)
+    if masked:
+        clear_rows_from(v_smem, end)
     weights = weights.astype(v_smem.dtype)
     acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, v_smem))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(v_free)
@@ -387,10 +389,7 @@ def _combine_kernel(
         store_prefix(out_ref.at[pair], values.astype(out_ref.dtype), layout, spec.group * spec.head_dim)
 
     if dense:
-
-        @pl.when(row_blocks == 0)
-        def _() -> None:
-            write(zeros)
+        pl.when(row_blocks == 0)(lambda: write(zeros))
 
     @pl.when((row_blocks > 0) & (last > first))
     def _() -> None:

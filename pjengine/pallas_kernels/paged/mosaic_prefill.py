@@ -1,8 +1,7 @@
 """Ragged paged prefill on Hopper: FlashAttention over a device work list of query tiles, in Pallas Mosaic GPU.
 
-Follows FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): one warpgroup copies, two compute 64 queries each and
-take turns on the tensor cores, so that one's softmax hides behind the other's products. The grid is persistent; tiles
-are dealt out longest first, in alternating direction, which evens out causal work without atomics.
+One warpgroup copies, two compute 64 queries each (see `flash`). The grid is persistent; tiles are dealt out longest
+first, in alternating direction, which evens out causal work without atomics.
 """
 
 from __future__ import annotations
@@ -18,24 +17,20 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.masking import cap_scores, first_visible, visible
-from pjengine.pallas_kernels.mosaic_common import (
-    LOG2E,
-    MASKED,
-    TILE_ROWS,
-    clear_rows_from,
-    column,
-    launch,
-    store_rows,
-    tile,
-    tile_iota,
-    tiled_smem,
+from pjengine.pallas_kernels.flash import (
+    COMPUTE_WARPGROUPS,
+    TILE,
+    Ring,
+    State,
+    attend_block,
+    initial_state,
+    ring_scratch,
+    take_turn,
 )
+from pjengine.pallas_kernels.masking import first_visible, visible
+from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, launch, store_rows, tile_iota, tiled_smem
 from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources
 from pjengine.pallas_kernels.specs import AttentionSpec
-
-COMPUTE_WARPGROUPS = 2
-TILE = COMPUTE_WARPGROUPS * TILE_ROWS  # queries per work item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +110,6 @@ def paged_prefill(
 ) -> jax.Array:
     """Attention of the plan's queries; other tokens get zeros. q: [T, heads, head_dim]. Returns q's shape."""
     head_dim = spec.head_dim
-    ring = functools.partial(plgpu.Barrier, num_barriers=config.stages)
     copies = config.block // _copy_size(spec, config)
     out_ref = jax.new_ref(jnp.zeros_like(q), memory_space=plgpu.GMEM)
     # TMA wants whole tiles of 8 rows. Only q is padded: a slice behind an in-place call loses what the call left alone.
@@ -125,15 +119,10 @@ def paged_prefill(
         (q, k_pages, v_pages, kv_lens, block_tables.reshape(-1), plan, out_ref),
         scratch=dict(
             q_smem=tiled_smem((2, COMPUTE_WARPGROUPS, TILE_ROWS, head_dim), q.dtype),
-            k_smem=tiled_smem((config.stages, config.block, head_dim), k_pages.dtype),
-            v_smem=tiled_smem((config.stages, config.block, head_dim), v_pages.dtype),
             q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
             q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            k_full=ring(num_arrivals=copies),
-            v_full=ring(num_arrivals=copies),
-            k_free=ring(num_arrivals=COMPUTE_WARPGROUPS),
-            v_free=ring(num_arrivals=COMPUTE_WARPGROUPS),
             turns=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            **ring_scratch(config.stages, config.block, head_dim, k_pages.dtype, copies),
         ),
         grid={"sm": config.sms},
         warpgroups=COMPUTE_WARPGROUPS + 1,
@@ -157,20 +146,16 @@ def _prefill_kernel(
     out_ref: Any,
     *,
     q_smem: Any,
-    k_smem: Any,
-    v_smem: Any,
     q_full: Any,
     q_free: Any,
-    k_full: Any,
-    v_full: Any,
-    k_free: Any,
-    v_free: Any,
     turns: Any,
     spec: AttentionSpec,
     scale: float,
     config: PrefillConfig,
+    **ring_refs: Any,
 ) -> None:
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+    ring = Ring(**ring_refs)
     items = plan_ref.shape[0]
     table_width = tables_ref.shape[0] // lens_ref.shape[0]
     block = jnp.int32(config.block)
@@ -197,9 +182,6 @@ def _prefill_kernel(
 
         lax.while_loop(lambda state: state[2], one, (jnp.int32(0), jnp.int32(0), plan_ref[0, 2] > 0))
 
-    def ring_slot(step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(config.stages))
-
     @pl.when(wg == COMPUTE_WARPGROUPS)
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
@@ -218,7 +200,6 @@ def _prefill_kernel(
 
             @pl.loop(0, item.blocks)
             def _(i: jax.Array) -> None:
-                slot = ring_slot(item.step + i)
                 sources = copy_sources(
                     tables_ref,
                     item.row * table_width,
@@ -227,13 +208,11 @@ def _prefill_kernel(
                     block=config.block,
                     size=_copy_size(spec, config),
                 )
-                for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
 
-                    @pl.when(item.step + i >= config.stages)
-                    def _(free: Any = free) -> None:
-                        plgpu.barrier_wait(free.at[slot])
+                def copy(name: str, smem: Any, barrier: Any) -> None:
+                    copy_block(k_ref if name == "k" else v_ref, sources, kv_head, smem, barrier)
 
-                    copy_block(ref, sources, kv_head, smem.at[slot], full.at[slot])
+                ring.fill(item.step + i, copy)
 
         for_each_item(process)
 
@@ -241,52 +220,32 @@ def _prefill_kernel(
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
 
-        def take_turn() -> None:
-            plgpu.barrier_arrive(turns)
-            plgpu.barrier_wait(turns)
-
         def process(item: _Item) -> None:
             q_slot = lax.rem(item.lap, jnp.int32(2))
             length = lens_ref[item.row]
             own = item.position + wg * TILE_ROWS  # position of this warpgroup's first query
             plgpu.barrier_wait(q_full.at[q_slot])
 
-            def attend(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
-                acc, top, total = state
-                slot = ring_slot(item.step + i)
-                begin = (item.first + i) * config.block
-                plgpu.barrier_wait(k_full.at[slot])
+            def attend(i: jax.Array, state: State, masked: bool) -> State:
+                first_key = (item.first + i) * config.block
 
-                def scores(acc_ref: Any) -> jax.Array:
-                    plgpu.wgmma(acc_ref, q_smem.at[q_slot, wg], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
-                    take_turn()
-                    return acc_ref[...]
+                def mask(shape: tuple[int, ...]) -> jax.Array:
+                    queries, keys = (x + tile_iota((shape[0], shape[1]), d) for d, x in enumerate((own, first_key)))
+                    return visible(queries, keys, causal=True, window=spec.window, chunk=spec.chunk)
 
-                qk = pl.run_scoped(scores, plgpu.ACC((TILE_ROWS, config.block), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                qk = qk * (scale * LOG2E) if spec.soft_cap is None else cap_scores(qk * scale, spec.soft_cap) * LOG2E
-                if masked:
-                    queries, keys = own + tile_iota(qk.shape, 0), begin + tile_iota(qk.shape, 1)
-                    keep = visible(queries, keys, causal=True, window=spec.window, chunk=spec.chunk)
-                    qk = jnp.where(keep, qk, -jnp.inf)
-                new_top = jnp.maximum(top, qk.max(axis=1))
-                rescale = jnp.exp2(top - new_top)
-                weights = jnp.exp2(qk - lax.broadcast_in_dim(new_top, qk.shape, [0]))
-                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                total = total * rescale + weights.sum(axis=1)
-                weights = weights.astype(v_smem.dtype)
-                acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-                plgpu.barrier_arrive(turns)
-                plgpu.barrier_wait(v_full.at[slot])
-                if masked:
-                    # Both warpgroups clear, each before it reads: they write equal bytes.
-                    clear_rows_from(v_smem.at[slot], length - begin)
-                plgpu.barrier_wait(turns)
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, new_top, total
+                return attend_block(
+                    q_smem.at[q_slot, wg],
+                    ring,
+                    turns,
+                    item.step + i,
+                    state,
+                    scale=scale,
+                    soft_cap=spec.soft_cap,
+                    mask=mask if masked else None,
+                    tokens=length - first_key if masked else None,
+                )
 
-            state = (tile(0, spec.head_dim), column(MASKED), column(0))
+            state = initial_state(spec.head_dim)
             unmasked = lax.div(own + 1, block) - item.first  # leading blocks that every query sees whole
             if spec.window is not None or spec.chunk is not None:
                 unmasked = jnp.int32(0)
@@ -298,6 +257,6 @@ def _prefill_kernel(
             target = out_ref.at[pl.ds(item.token + wg * TILE_ROWS, TILE_ROWS), item.head]
             store_rows(target, acc.astype(out_ref.dtype), item.begin - wg * TILE_ROWS, item.end - wg * TILE_ROWS)
 
-        pl.when(wg == 1)(take_turn)
+        pl.when(wg == 1)(functools.partial(take_turn, turns))
         for_each_item(process)
-        pl.when(wg == 0)(take_turn)
+        pl.when(wg == 0)(functools.partial(take_turn, turns))

@@ -1,0 +1,136 @@
+"""The inner step that the prefill and packed attention kernels share: one KV block for one warpgroup's 64 queries.
+
+FlashAttention-3's schedule (Shah et al. 2024, arXiv:2407.08608): two warpgroups take turns on the tensor cores, so that
+one's softmax hides behind the other's products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pjengine.pallas_kernels.masking import cap_scores
+from pjengine.pallas_kernels.mosaic_common import LOG2E, MASKED, TILE_ROWS, clear_rows_from, column, tile, tiled_smem
+
+COMPUTE_WARPGROUPS = 2
+TILE = COMPUTE_WARPGROUPS * TILE_ROWS  # queries per work item
+
+State = tuple[jax.Array, jax.Array, jax.Array]  # accumulator [64, head_dim], running maximum [64] (log2), sum [64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """K and V blocks in flight: shared memory [stages, block, head_dim] each, and a barrier per stage.
+
+    full: the copy has landed; free: every compute warpgroup is done with it.
+    """
+
+    k: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+    @property
+    def stages(self) -> int:
+        return self.k.shape[0]
+
+    def fill(self, step: jax.Array, copy: Callable[[str, Any, Any], None]) -> None:
+        """Calls copy("k" or "v", shared memory, barrier) for block number `step` as soon as its place is free."""
+        slot = lax.rem(step, jnp.int32(self.stages))
+        for name, smem, full, free in (
+            ("k", self.k, self.k_full, self.k_free),
+            ("v", self.v, self.v_full, self.v_free),
+        ):
+
+            @pl.when(step >= self.stages)
+            def _(free: Any = free) -> None:
+                plgpu.barrier_wait(free.at[slot])
+
+            copy(name, smem.at[slot], full.at[slot])
+
+
+def ring_scratch(stages: int, block: int, head_dim: int, dtype: Any, copies: int) -> dict[str, Any]:
+    """Scratch for a Ring; copies: arrivals that make a stage full."""
+
+    def barrier(arrivals: int) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+
+    return {
+        "k": tiled_smem((stages, block, head_dim), dtype),
+        "v": tiled_smem((stages, block, head_dim), dtype),
+        "k_full": barrier(copies),
+        "v_full": barrier(copies),
+        "k_free": barrier(COMPUTE_WARPGROUPS),
+        "v_free": barrier(COMPUTE_WARPGROUPS),
+    }
+
+
+def initial_state(head_dim: int) -> State:
+    return tile(0, head_dim), column(MASKED), column(0)
+
+
+def take_turn(turns: Any) -> None:
+    """Hands the tensor cores to the other warpgroup and waits to get them back."""
+    plgpu.barrier_arrive(turns)
+    plgpu.barrier_wait(turns)
+
+
+def attend_block(
+    q: Any,
+    ring: Ring,
+    turns: Any,
+    step: jax.Array,
+    state: State,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    mask: Callable[[tuple[int, ...]], jax.Array] | None = None,
+    tokens: jax.Array | None = None,
+) -> State:
+    """One step of the online softmax.
+
+    Args:
+      q: shared memory [64, head_dim].
+      step: number of the block since the kernel began.
+      mask: called with the scores' shape; True where a query sees a key. None: everywhere.
+      tokens: with a mask, how many leading tokens of the block exist; what stands in the others may be NaN.
+    """
+    acc, top, total = state
+    slot = lax.rem(step, jnp.int32(ring.stages))
+    plgpu.barrier_wait(ring.k_full.at[slot])
+
+    def scores(acc_ref: Any) -> jax.Array:
+        plgpu.wgmma(acc_ref, q, ring.k.at[slot].transpose((1, 0)))
+        take_turn(turns)
+        return acc_ref[...]
+
+    qk = pl.run_scoped(scores, plgpu.ACC((TILE_ROWS, ring.k.shape[1]), jnp.float32))
+    plgpu.barrier_arrive(ring.k_free.at[slot])
+    qk = qk * (scale * LOG2E) if soft_cap is None else cap_scores(qk * scale, soft_cap) * LOG2E
+    if mask is not None:
+        qk = jnp.where(mask(qk.shape), qk, -jnp.inf)
+    new_top = jnp.maximum(top, qk.max(axis=1))
+    rescale = jnp.exp2(top - new_top)
+    weights = jnp.exp2(qk - lax.broadcast_in_dim(new_top, qk.shape, [0]))
+    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+    total = total * rescale + weights.sum(axis=1)
+    weights = weights.astype(ring.v.dtype)
+    acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
+    plgpu.barrier_arrive(turns)
+    plgpu.barrier_wait(ring.v_full.at[slot])
+    if tokens is not None:
+        # Both warpgroups clear, each before it reads: they write equal bytes.
+        clear_rows_from(ring.v.at[slot], tokens)
+    plgpu.barrier_wait(turns)
+    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, ring.v.at[slot]))(plgpu.ACC.init(acc))
+    plgpu.barrier_arrive(ring.v_free.at[slot])
+    return acc, new_top, total

@@ -1,0 +1,18 @@
+"""Tracing and lowering for an H200 on a machine that has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def lower_for_hopper(function: Callable[..., Any], *shapes: tuple[tuple[int, ...], str], **jit_options: Any) -> str:
+    """The StableHLO of jit(function), lowered for CUDA; shapes: (shape, dtype) per argument. Runs Mosaic's compiler."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function, **jit_options).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -1,0 +1,74 @@
+"""Which backend serves a call, and what is said about those that do not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pjengine.errors import ConfigError, KernelUnavailable
+from pjengine.pallas_kernels import describe_backends
+from pjengine.pallas_kernels.backends import Backend, Target, accept, current_target, select
+from pjengine.pallas_kernels.specs import AttentionSpec
+
+CPU, HOPPER, AMPERE = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108)
+SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=64, page_size=16)
+
+
+def needs_hopper(spec: AttentionSpec, target: Target) -> str | None:
+    return None if target.compute_capability == 90 else "needs Hopper"
+
+
+BACKENDS = (
+    Backend("mosaic", needs_hopper, "no.such.module", "f"),
+    Backend("reference", accept, "pjengine.pallas_kernels.rope", "apply_rope"),
+)
+
+
+@pytest.mark.parametrize(("target", "name"), [(CPU, "reference"), (HOPPER, "mosaic"), (AMPERE, "reference")])
+def test_auto_takes_the_first_that_can(target: Target, name: str) -> None:
+    assert select("op", "auto", BACKENDS, SPEC, target).name == name
+
+
+def test_a_gpu_left_to_the_reference_is_logged_once_with_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            select("op logged once", "auto", BACKENDS, SPEC, AMPERE)
+    (record,) = caplog.records
+    assert "op logged once is served by reference" in record.message
+    assert "mosaic: needs Hopper" in record.message
+
+
+def test_a_backend_asked_for_by_name_is_not_replaced() -> None:
+    with pytest.raises(KernelUnavailable, match="mosaic: needs Hopper"):
+        select("op", "mosaic", BACKENDS, SPEC, CPU)
+    with pytest.raises(KernelUnavailable, match="triton: not implemented for this op"):
+        select("op", "triton", BACKENDS, SPEC, HOPPER)
+    assert select("op", "reference", BACKENDS, SPEC, HOPPER).name == "reference"
+
+
+def test_unknown_names_are_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="attention_backend: expected auto, mosaic"):
+        select("op", "cuda", BACKENDS, SPEC, CPU)
+
+
+def test_a_backend_is_loaded_when_asked() -> None:
+    assert BACKENDS[1].load().__name__ == "apply_rope"
+
+
+def test_the_tests_run_on_the_cpu() -> None:
+    assert current_target() == CPU
+
+
+def test_description_names_every_op() -> None:
+    rows = describe_backends(32, 8, 128, 64, "bfloat16", target=HOPPER)
+    assert [backend for _, backend, _ in rows] == ["mosaic"] * 4
+    on_cpu = describe_backends(32, 8, 128, 64, "float32", target=CPU)
+    assert {backend for _, backend, _ in on_cpu} == {"reference"}
+    odd = describe_backends(32, 8, 80, 64, "float16", target=HOPPER)
+    assert odd[0][1:] == (
+        "reference",
+        "mosaic: head_dim must be 64 or 128, got 80; triton: not implemented for this op",
+    )
+    forced = describe_backends(32, 8, 128, 64, "bfloat16", backend="triton", target=HOPPER)
+    assert {backend for _, backend, _ in forced} == {"none"}

@@ -1,0 +1,111 @@
+"""Every Mosaic kernel lowers for a Hopper GPU, on the CPU: the tier between the references and the GPU itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pjengine.errors import KernelUnavailable
+from pjengine.pallas_kernels import packed_attention, paged_attention, rope_write_kv
+from tests.kernels.hopper import lower_for_hopper
+
+# heads, kv_heads, head_dim, page_size
+SHAPES = [(32, 8, 128, 64), (9, 3, 64, 16), (14, 2, 64, 128), (16, 1, 128, 32)]
+
+
+def lower_paged(
+    shape: tuple[int, int, int, int],
+    tokens: int,
+    rows: int,
+    *,
+    layers: int = 1,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> str:
+    heads, kv_heads, head_dim, page_size = shape
+
+    def layer_stack(q: Any, k: Any, v: Any, *batch: Any) -> Any:
+        for _ in range(layers):
+            q = paged_attention(q, k, v, *batch, scale=0.1, backend="mosaic", **options)
+        return q
+
+    pages = (40, kv_heads, page_size, head_dim)
+    return lower_for_hopper(
+        layer_stack,
+        ((tokens, heads, head_dim), dtype),
+        (pages, dtype),
+        (pages, dtype),
+        ((rows + 1,), "int32"),
+        ((rows,), "int32"),
+        ((rows, 10), "int32"),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decode", [True, False])
+def test_paged_attention(shape: tuple[int, int, int, int], decode: bool) -> None:
+    text = lower_paged(shape, 8 if decode else 200, 8, decode=decode)
+    assert text.count("@mosaic_gpu_v2") == (2 if decode else 3)
+
+
+@pytest.mark.parametrize("options", [{"window": 100}, {"chunk": 128}, {"soft_cap": 30.0}, {"dtype": "float16"}])
+@pytest.mark.parametrize("decode", [True, False])
+def test_paged_options(options: dict[str, Any], decode: bool) -> None:
+    assert "@mosaic_gpu_v2" in lower_paged(SHAPES[0], 8, 8, decode=decode, **options)
+
+
+def test_layers_share_one_kernel() -> None:
+    """Compiling each layer's kernel anew would cost about a second a layer and bucket."""
+    few, many = (lower_paged(SHAPES[0], 64, 8, layers=n) for n in (2, 12))
+    assert many.count("@mosaic_gpu_v2") == few.count("@mosaic_gpu_v2")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 16, 64), (12, 12, 32), (8, 2, 128)])
+@pytest.mark.parametrize(("tokens", "rows"), [(512, 64), (1000, 2)])
+def test_packed_attention(heads: int, kv_heads: int, head_dim: int, tokens: int, rows: int) -> None:
+    text = lower_for_hopper(
+        lambda q, k, v, starts: packed_attention(q, k, v, starts, scale=0.1, backend="mosaic"),
+        ((tokens, heads, head_dim), "bfloat16"),
+        ((tokens, kv_heads, head_dim), "bfloat16"),
+        ((tokens, kv_heads, head_dim), "bfloat16"),
+        ((rows + 1,), "int32"),
+    )
+    assert "@mosaic_gpu_v2" in text
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("tokens", [1, 5000])
+def test_kv_write_is_in_place(tokens: int, kv_dtype: str) -> None:
+    pages = (30, 8, 64, 128)
+    text = lower_for_hopper(
+        lambda q, k, v, cos, sin, k_pages, v_pages, slots: rope_write_kv(
+            q, k, v, cos, sin, k_pages, v_pages, slots, backend="mosaic"
+        ),
+        ((tokens, 32, 128), "bfloat16"),
+        *[((tokens, 8, 128), "bfloat16")] * 2,
+        *[((tokens, 64), "float32")] * 2,
+        *[(pages, kv_dtype)] * 2,
+        ((tokens,), "int32"),
+        donate_argnums=(5, 6),
+    )
+    (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2" in line)
+    assert call.count("output_operand_alias<") == 2
+    assert text.count("tf.aliasing_output") == 2
+
+
+def test_refusals_name_the_reason() -> None:
+    with pytest.raises(KernelUnavailable, match="head_dim must be 64 or 128, got 80"):
+        lower_paged((8, 8, 80, 16), 8, 8)
+    with pytest.raises(KernelUnavailable, match="tensor cores take bfloat16 and float16, got float32"):
+        lower_paged(SHAPES[0], 8, 8, dtype="float32")
+    with pytest.raises(KernelUnavailable, match="no multiple of 128 bytes"):
+        lower_for_hopper(
+            lambda q, k, v, k_pages, v_pages, slots: rope_write_kv(
+                q, k, v, None, None, k_pages, v_pages, slots, backend="mosaic"
+            ),
+            ((4, 9, 64), "bfloat16"),
+            *[((4, 3, 64), "bfloat16")] * 2,
+            *[((9, 3, 16, 64), "float8_e4m3fn")] * 2,
+            ((4,), "int32"),
+        )
