@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,6 +123,102 @@ def embed(
     _measure("embed", config, rows, json)
 
 
+@app.command()
+@with_engine_options
+def startup(model: Model, config: EngineConfig, json: Json = None) -> None:
+    """Seconds from the start of a process to the first token: cold, then with the compile cache that it left."""
+    if config.compile_cache is not None:
+        raise ConfigError("compile_cache: this benchmark uses an empty one of its own; leave the flag out")
+    from pjengine.bench import report
+    from pjengine.bench.startup import measure
+
+    device, ceiling, rows = measure(config)
+    print(f"{device}: {ceiling}")
+    report.show(f"startup, {config.model}, seconds", rows)
+    if json is not None:
+        report.save(json, "startup", device, ceiling, config, rows)
+
+
+@app.command()
+def serve(
+    base_url: Annotated[str, typer.Option(help="Of the server, with or without /v1.")] = "http://localhost:8000",
+    model: Annotated[
+        str | None,
+        typer.Option(help="As the server calls it; by default the only one it serves.", show_default=False),
+    ] = None,
+    workload: Annotated[
+        str, typer.Option(help="chat, queries, docs, or a file of JSON lines (docs/benchmarks.md).")
+    ] = "chat",
+    request_rate: Annotated[
+        str, typer.Option(metavar="R|inf", help="Poisson arrivals per second; inf: all at once.")
+    ] = "inf",
+    concurrency: Annotated[int, typer.Option(help="Most requests in flight.", min=1)] = 1000,
+    endpoint: Annotated[str, typer.Option(metavar="completions|chat|embeddings")] = "completions",
+    goodput: Annotated[
+        str | None,
+        typer.Option(help="Limits of a good request in ms: ttft:200,tpot:50,e2el:5000.", show_default=False),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Better set in the environment.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="That send; by default one per 256 of concurrency, at most half the CPUs.", min=1, show_default=False
+        ),
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Prompts are random token ids below this.", min=8)] = 32000,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals; another one misses the prefix cache.", min=0)] = 3,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.", min=0.001)] = 600.0,
+    json: Json = None,
+) -> None:
+    """An open-loop load on any OpenAI-compatible server; exit code 1 if a request failed."""
+    with reported_errors():
+        from pjengine.bench import serve_report
+        from pjengine.bench.serve import ServeOptions, choose_model, default_processes, probe, serve
+        from pjengine.bench.serve_client import PATHS
+        from pjengine.bench.serve_http import Address
+        from pjengine.bench.serve_trace import parse_limits, summarize
+        from pjengine.bench.workloads import read
+
+        if endpoint not in PATHS:
+            raise ConfigError(f"endpoint: expected one of {', '.join(PATHS)}, got {endpoint!r}")
+        limits = None if goodput is None else parse_limits(goodput)
+        address = Address.parse(base_url, api_key)
+        rate = _rate(request_rate)
+        work = read(workload, vocab_size, seed)
+        if endpoint != "embeddings" and any(item.output_len == 0 for item in work):
+            raise ConfigError(f"workload: {workload}: every line needs an output_len of at least 1")
+        options = ServeOptions(
+            address=address,
+            endpoint=endpoint,
+            model=choose_model(address, model),
+            rate=rate,
+            concurrency=concurrency,
+            processes=processes or default_processes(concurrency),
+            timeout=timeout,
+            seed=seed,
+        )
+        probe(options, work[0])
+        found = serve(options, work)
+        summary = summarize(found.traces, limits)
+        serve_report.show(base_url, workload, options, summary, found.client_share)
+        if json is not None:
+            serve_report.save(json, base_url, workload, options, limits, summary, found.client_share)
+        if summary.failed:
+            raise typer.Exit(1)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not rate > 0:
+        raise ConfigError(f"request_rate: expected requests per second above 0, or inf, got {text!r}")
+    return rate
+
+
 def _measure(
     name: str, config: EngineConfig, rows: Callable[[Any, Roofline], list[dict[str, Any]]], json: str | None
 ) -> None:
@@ -144,7 +241,7 @@ def _measure(
         found = rows(engine, ceiling)
         report.show(f"{name}, {config.model}", found)
         if json is not None:
-            report.save(json, name, ceiling, config, found)
+            report.save(json, name, engine.info.device, ceiling, config, found)
 
 
 def _counts(field: str, text: str, separator: str = ",") -> list[int]:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 import zmq
+from tqdm import tqdm
 
 from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
@@ -80,6 +81,7 @@ def run_engine(make_engine: MakeEngine, config: EngineConfig, address: str, log_
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging(log_level)
+    tqdm.set_lock(threading.RLock())  # its own is a system-wide semaphore, which a killed process would leave behind
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)  # a slow reader must not block the engine; what it owes is bounded by max_tokens

@@ -68,6 +68,8 @@ class _Choice:
 
     def piece(self, output: Output, now: float) -> Piece:
         if output.finish_reason not in _FINISH_REASONS:
+            self.finished = True
+            self._timer.end("error", now)
             raise GenerationError(output.error or f"the engine ended the request: {output.finish_reason}")
         reason = _FINISH_REASONS[output.finish_reason]
         piece = Piece(self.index, "", output.token_ids, output.logprobs or [], reason, output.stop_reason)

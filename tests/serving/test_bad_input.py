@@ -238,6 +238,8 @@ def test_a_request_that_is_no_http(server: LiveServer) -> None:
 
 
 def test_an_error_of_the_engine_is_this_request_s_alone(server: LiveServer) -> None:
+    series = 'pjengine_requests_finished_total{finish_reason="error"}'
+    before = server.metrics().get(series, 0)
     answer = server.post(COMPLETIONS, {"prompt": "<fail>"})
     assert answer.status_code == 500
     assert answer.json()["error"] == {
@@ -248,6 +250,7 @@ def test_an_error_of_the_engine_is_this_request_s_alone(server: LiveServer) -> N
     }
     with pytest.raises(openai.APIError, match="cannot be computed"):
         list(server.client().completions.create(model="fake", prompt="<fail>", stream=True))
+    assert server.metrics()[series] - before == 2
 
 
 def test_a_prompt_among_several_that_fails_frees_the_others(server: LiveServer) -> None:
