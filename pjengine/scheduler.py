@@ -28,7 +28,7 @@ class Row(NamedTuple):
     seq: Sequence
     slot: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, of no use here
     pending: bool
     samples: bool
 
