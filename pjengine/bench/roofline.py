@@ -27,9 +27,9 @@ class Roofline:
 def measure() -> Roofline:
     """Both ceilings of the default device; small sizes on a CPU, where they say little."""
     gpu = jax.default_backend() == "gpu"
-    elements, side = (1 << 30, 8192) if gpu else (1 << 24, 512)
-    source = jax.random.bits(jax.random.key(0), (elements,), jnp.uint16)
-    copy = jax.jit(lambda x: x ^ jnp.uint16(1))
+    elements, side = (1 << 29, 8192) if gpu else (1 << 23, 512)
+    source = jax.random.bits(jax.random.key(0), (elements,), jnp.uint32)
+    copy = jax.jit(lambda x: x ^ jnp.uint32(1))
     bandwidth = 2 * source.nbytes / _seconds(copy, source)
     del source
     a = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
