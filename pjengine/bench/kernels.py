@@ -1,0 +1,246 @@
+"""`pjengine bench kernels`: every kernel over a grid of shapes, as a ratio to what this card can do.
+
+Decode and KV writes are bound by memory: their ratio is to the copy bandwidth measured in the same run, KV bytes
+counted once. Prefill and packed attention are bound by the tensor cores: theirs is to the GEMM rate. Each case runs
+several times inside one jitted function, each result feeding the next call, over caches that exceed the L2: host
+dispatch stays out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjengine.bench import report, roofline
+from pjengine.errors import KernelUnavailable
+from pjengine.pallas_kernels import describe_backends, packed_attention, paged_attention, rope_write_kv
+
+DTYPE = "bfloat16"
+L2_BYTES = 200_000_000  # caches of a case exceed this together: three times an H200's L2
+CALLS = 8  # of the op inside one jitted function
+REPEATS = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    query: int
+    kv: int
+    dim: int
+
+
+LLAMA_8B, BGE_LARGE = Heads(32, 8, 128), Heads(16, 16, 64)
+
+
+def skewed_lengths(count: int, mean: float, longest: int, seed: int = 0) -> list[int]:
+    """Log-normal lengths (sigma 1) of about this mean, at least 1."""
+    draws = np.random.default_rng(seed).lognormal(math.log(mean) - 0.5, 1.0, count)
+    return [int(n) for n in np.clip(draws, 1, longest)]
+
+
+def decode_cases() -> dict[str, list[int]]:
+    """KV length of each row."""
+    return {
+        "32 × 8k": [8192] * 32,
+        "8 × 32k": [32768] * 8,
+        "64 × 1k": [1024] * 64,
+        "256 × 256": [256] * 256,
+        "1 × 1k": [1024],
+        "1 × 32k": [32768],
+        "256, log-normal, mean 400": skewed_lengths(256, 400, 4096),
+    }
+
+
+def prefill_cases() -> dict[str, list[tuple[int, int]]]:
+    """(queries, KV tokens) of each row."""
+    return {
+        "8k": [(8192, 8192)],
+        "2k": [(2048, 2048)],
+        "512 after 16k": [(512, 16384 + 512)],
+        "64 decode rows at 2k": [(1, 2048)] * 64,
+        "64 decode rows at 2k + 2k": [(1, 2048)] * 64 + [(2048, 2048)],
+    }
+
+
+def packed_cases() -> dict[str, list[int]]:
+    """Length of each sequence."""
+    queries = skewed_lengths(2000, 18, 200)
+    total = np.cumsum(queries)
+    return {
+        "16k tokens of queries, mean 18": [n for n, end in zip(queries, total, strict=True) if end <= 16384],
+        "32 × 512": [512] * 32,
+    }
+
+
+def main(json_path: str | None) -> list[dict[str, Any]]:
+    """Runs everything, prints a table, and writes it to json_path where given.
+
+    Returns: a row per case: op, case, microseconds, rate, unit, ratio (to the unit's ceiling), cudnn (our rate over that of
+      `jax.nn.dot_product_attention`'s cuDNN path; None where cuDNN cannot do the work).
+    Raises:
+      KernelUnavailable: there is no GPU.
+      ConfigError: json_path cannot be written.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise KernelUnavailable(f"bench kernels: needs an NVIDIA GPU, found only {device.device_kind!r}")
+    ceiling = roofline.measure()
+    print(f"{device.device_kind}: {ceiling}")
+    backends = describe_backends(LLAMA_8B.query, LLAMA_8B.kv, LLAMA_8B.dim, 64, DTYPE)
+    for op, backend, reasons in backends:
+        print(f"{op}: {backend}" + (f" ({reasons})" if reasons else ""))
+    rows = [_decode_row(name, lens, ceiling) for name, lens in decode_cases().items()]
+    rows += [_prefill_row(name, spans, ceiling) for name, spans in prefill_cases().items()]
+    rows += [_packed_row(name, lens, ceiling) for name, lens in packed_cases().items()]
+    rows += [_write_row(tokens, ceiling) for tokens in (64, 8192)]
+    report.show("kernels", rows)
+    if json_path is not None:
+        document = {
+            "device": device.device_kind,
+            "roofline": dataclasses.asdict(ceiling),
+            "backends": [list(row) for row in backends],
+            "rows": rows,
+        }
+        report.write(json_path, "kernels", document)
+    return rows
+
+
+def _row(
+    op: str, case: str, seconds: float, ceiling: roofline.Roofline, *, nbytes: float = 0, flops: float = 0
+) -> dict[str, Any]:
+    unit, work, limit = ("TFLOP/s", flops, ceiling.gemm_rate) if flops else ("TB/s", nbytes, ceiling.copy_bandwidth)
+    return {
+        "op": op,
+        "case": case,
+        "microseconds": round(seconds * 1e6, 2),
+        "rate": round(work / seconds / 1e12, 3),
+        "unit": unit,
+        "ratio": round(work / seconds / limit, 3),
+        "cudnn": None,
+    }
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Median time of one op in a function that calls it CALLS times."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready([function(*arguments) for _ in range(3)])
+        times.append((time.perf_counter() - started) / 3 / CALLS)
+    return statistics.median(times)
+
+
+def _random(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.dtype(DTYPE))
+
+
+def _pools(kv_lens: Sequence[int], heads: Heads, page_size: int) -> tuple[list[Any], jax.Array]:
+    """Enough KV caches to exceed the L2, and shuffled block tables for one of them."""
+    needed = [-(-n // page_size) for n in kv_lens]
+    order = np.random.default_rng(0).permutation(np.arange(1, sum(needed) + 1))
+    tables, used = np.zeros((len(needed), max(needed)), np.int32), 0
+    for row, count in enumerate(needed):
+        tables[row, :count] = order[used : used + count]
+        used += count
+    shape = (sum(needed) + 1, heads.kv, page_size, heads.dim)
+    copies = min(CALLS, -(-L2_BYTES // (2 * math.prod(shape) * jnp.dtype(DTYPE).itemsize)))
+    return [(_random(2 * i, *shape), _random(2 * i + 1, *shape)) for i in range(copies)], jnp.asarray(tables)
+
+
+def _paged_seconds(spans: Sequence[tuple[int, int]], *, decode: bool, heads: Heads = LLAMA_8B, page: int = 64) -> float:
+    kv_lens = [kv for _, kv in spans]
+    caches, tables = _pools(kv_lens, heads, page)
+    starts = np.cumsum([0, *(n for n, _ in spans)]).astype(np.int32)
+
+    @jax.jit
+    def run(q: jax.Array, caches: Any, *batch: jax.Array) -> jax.Array:
+        for i in range(CALLS):
+            q = paged_attention(q, *caches[i % len(caches)], *batch, scale=heads.dim**-0.5, decode=decode)
+        return q
+
+    q = _random(99, int(starts[-1]), heads.query, heads.dim)
+    return _seconds(run, q, caches, jnp.asarray(starts), jnp.asarray(kv_lens, jnp.int32), tables)
+
+
+def _decode_row(case: str, kv_lens: list[int], ceiling: roofline.Roofline, heads: Heads = LLAMA_8B) -> dict[str, Any]:
+    seconds = _paged_seconds([(1, n) for n in kv_lens], decode=True)
+    nbytes = 2 * sum(kv_lens) * heads.kv * heads.dim * jnp.dtype(DTYPE).itemsize
+    return _row("paged_attention, decode", case, seconds, ceiling, nbytes=nbytes)
+
+
+def _prefill_row(
+    case: str, spans: list[tuple[int, int]], ceiling: roofline.Roofline, heads: Heads = LLAMA_8B
+) -> dict[str, Any]:
+    seconds = _paged_seconds(spans, decode=False)
+    pairs = sum(n * (kv - n) + n * (n + 1) / 2 for n, kv in spans)
+    row = _row("paged_attention, mixed", case, seconds, ceiling, flops=4 * heads.query * heads.dim * pairs)
+    if len(spans) == 1 and spans[0][0] == spans[0][1]:
+        row["cudnn"] = round(_cudnn_seconds(1, spans[0][0], heads, causal=True) / seconds, 3)
+    return row
+
+
+def _packed_row(case: str, lens: list[int], ceiling: roofline.Roofline, heads: Heads = BGE_LARGE) -> dict[str, Any]:
+    starts = jnp.asarray(np.cumsum([0, *lens]), jnp.int32)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array) -> jax.Array:
+        for _ in range(CALLS):
+            q = packed_attention(q, k, v, starts, scale=heads.dim**-0.5)
+        return q
+
+    q, k, v = (_random(i, sum(lens), n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv)))
+    seconds = _seconds(run, q, k, v, starts)
+    flops = 4 * heads.query * heads.dim * sum(n * n for n in lens)
+    row = _row("packed_attention", case, seconds, ceiling, flops=flops)
+    if len(set(lens)) == 1:
+        row["cudnn"] = round(_cudnn_seconds(len(lens), lens[0], heads, causal=False) / seconds, 3)
+    return row
+
+
+def _cudnn_seconds(batch: int, length: int, heads: Heads, *, causal: bool) -> float:
+    """cuDNN's dense attention over equal lengths."""
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        for _ in range(CALLS):
+            q = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        return q
+
+    return _seconds(
+        run, *(_random(i, batch, length, n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv)))
+    )
+
+
+def _write_row(tokens: int, ceiling: roofline.Roofline, heads: Heads = LLAMA_8B, page: int = 64) -> dict[str, Any]:
+    q, k, v = (_random(i, tokens, n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv)))
+    pages = tokens // page + 64
+    order = np.random.default_rng(0).permutation(np.arange(page, pages * page))
+    slots = jnp.asarray(order[:tokens] if tokens < 256 else np.arange(page, page + tokens), jnp.int32)
+    angles = jnp.linspace(0, 6, tokens * heads.dim // 2).reshape(tokens, -1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    caches = [(_random(8, pages, heads.kv, page, heads.dim), _random(9, pages, heads.kv, page, heads.dim))]
+
+    def chain(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> tuple[jax.Array, ...]:
+        for _ in range(CALLS):
+            # k follows from q, as the calls must follow one another; one read of k more than the op's own.
+            q, k_pages, v_pages = rope_write_kv(q, k + q[:, :1], v, cos, sin, k_pages, v_pages, slots)
+        return q, k_pages, v_pages
+
+    run = jax.jit(chain, donate_argnums=(1, 2))
+
+    def step(q: jax.Array) -> jax.Array:
+        result, *pools = run(q, *caches.pop())
+        caches.append((pools[0], pools[1]))
+        return result
+
+    seconds = _seconds(step, q)
+    nbytes = (2 * heads.query + 4 * heads.kv) * heads.dim * tokens * jnp.dtype(DTYPE).itemsize
+    return _row("rope_write_kv", f"{tokens} tokens", seconds, ceiling, nbytes=nbytes)
