@@ -24,6 +24,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     for name in ("models", "pallas_kernels", "serving", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    # What must come along and what must not, whether or not the tree has such files today.
+    (source / "pjengine/pallas_kernels/paged/planted.json").write_text("{}")
+    (source / "pjengine/models/planted.safetensors").touch()
     return source
 
 
@@ -42,6 +45,7 @@ def test_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile, source: Pat
     modules = {str(p.relative_to(source)) for p in (source / "pjengine").rglob("*.py")}
     tables = {str(p.relative_to(source)) for p in (source / "pjengine" / "pallas_kernels").rglob("*.json")}
     assert "pjengine/serving/cli.py" in modules
+    assert "pjengine/pallas_kernels/paged/planted.json" in tables
     assert held == modules | tables | {"pjengine/py.typed"}
 
 
