@@ -146,7 +146,8 @@ def compile_all(
     finally:
         threading.stack_size(old)
     seconds = time.monotonic() - started
-    logger.info("%s: %d loaded, %d compiled in %.1f s", what, kept, len(compiled) - kept, seconds)
+    message = "%s: %d loaded, %d compiled in %.1f s"
+    logger.info(message, what, kept, len(compiled) - kept, seconds, extra={"phase": what})
     return compiled
 
 

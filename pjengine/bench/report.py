@@ -8,14 +8,16 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
-from pjengine.bench.roofline import Roofline
 from pjengine.config import EngineConfig
+from pjengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pjengine.bench.roofline import Roofline
 
 
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -24,29 +26,41 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(
-            *(
-                f"{v:,.3g}"
-                if isinstance(v, float) and abs(v) < 100
-                else f"{v:,.0f}"
-                if isinstance(v, float)
-                else str(v)
-                for v in row.values()
-            )
-        )
+        table.add_row(*map(_shown, row.values()))
     Console().print(table)
 
 
-def save(path: str, benchmark: str, roofline: Roofline, config: EngineConfig, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes everything a reader needs to judge or repeat the figures."""
-    device = jax.devices()[0]
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
+    return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def save(
+    path: str, benchmark: str, device: str, roofline: Roofline, config: EngineConfig, rows: Sequence[dict[str, Any]]
+) -> None:
+    """Writes everything a reader needs to judge or repeat an engine's figures.
+
+    Args:
+      device: its kind, as JAX names it.
+    """
     document = {
-        "benchmark": benchmark,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-        | {"python": platform.python_version()},
-        "device": device.device_kind,
+        "device": device,
         "roofline": dataclasses.asdict(roofline),
         "config": dataclasses.asdict(config),
         "rows": list(rows),
     }
-    Path(path).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    write(path, benchmark, document)
+
+
+def write(path: str, benchmark: str, document: dict[str, Any]) -> None:
+    """A benchmark's JSON file: its name, the versions, and the rest.
+
+    Raises: ConfigError if the file cannot be written.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    head = {"benchmark": benchmark, "versions": versions | {"python": platform.python_version()}}
+    try:
+        Path(path).write_text(json.dumps(head | document, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise ConfigError(f"json: {path} cannot be written ({error.strerror})") from error

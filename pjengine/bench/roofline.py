@@ -21,7 +21,7 @@ class Roofline:
     gemm_rate: float
 
     def __str__(self) -> str:
-        return f"copy {self.copy_bandwidth / 1e12:.2f} TB/s, bf16 GEMM {self.gemm_rate / 1e12:.0f} TFLOP/s"
+        return f"copy {self.copy_bandwidth / 1e12:.3g} TB/s, bf16 GEMM {self.gemm_rate / 1e12:.3g} TFLOP/s"
 
 
 def measure() -> Roofline:

@@ -44,30 +44,38 @@ def fill(lengths: list[int], vocab_size: int, seed: int = 3) -> list[list[int]]:
     return [random.integers(margin, vocab_size - margin, n).tolist() for n in lengths]
 
 
-def items(lengths: list[tuple[int, int]], vocab_size: int) -> list[Item]:
+def items(lengths: list[tuple[int, int]], vocab_size: int, seed: int = 3) -> list[Item]:
     """Requests of (prompt length, output length) pairs."""
-    prompts = fill([prompt for prompt, _ in lengths], vocab_size)
+    prompts = fill([prompt for prompt, _ in lengths], vocab_size, seed)
     return [Item(ids, output) for ids, (_, output) in zip(prompts, lengths, strict=True)]
 
 
-def read(name: str, vocab_size: int) -> list[Item]:
+def read(name: str, vocab_size: int, seed: int = 3) -> list[Item]:
     """A workload by name (chat, queries, docs) or from a file of JSON lines.
 
     A line is {"prompt_len": 12, "output_len": 34} or {"prompt_token_ids": [1, 2], "output_len": 34}; output_len is 0
     where absent.
+
+    Args:
+      seed: of the token ids that fill prompts of which only the length is given.
     Raises: ConfigError naming the file, the line and what is wrong.
     """
     if name == "chat":
-        return items(chat_lengths(), vocab_size)
+        return items(chat_lengths(), vocab_size, seed)
     if name in ("queries", "docs"):
-        return items([(n, 0) for n in (query_lengths() if name == "queries" else document_lengths())], vocab_size)
+        lengths = query_lengths() if name == "queries" else document_lengths()
+        return items([(n, 0) for n in lengths], vocab_size, seed)
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"workload: expected chat, queries, docs or a file of JSON lines, got {name!r}")
-    rows = [_parse(path, i, line) for i, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"workload: {path} cannot be read as text ({error})") from error
+    rows = [_parse(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ConfigError(f"workload: {path} is empty")
-    filled = fill([row.get("prompt_len", 1) for row in rows], vocab_size)
+    filled = fill([row.get("prompt_len", 1) for row in rows], vocab_size, seed)
     return [
         Item(row.get("prompt_token_ids", ids), row.get("output_len", 0)) for row, ids in zip(rows, filled, strict=True)
     ]
@@ -86,4 +94,7 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     for field in ("prompt_len", "output_len"):
         if field in row and not (type(row[field]) is int and row[field] >= (field == "prompt_len")):
             raise ConfigError(f"workload: {path}:{number}: {field}: expected a count, got {row[field]!r}")
+    ids = row.get("prompt_token_ids", [0])
+    if not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
+        raise ConfigError(f"workload: {path}:{number}: prompt_token_ids: expected a list of token ids, got {line[:80]}")
     return row

@@ -134,7 +134,8 @@ def startup(model: Model, config: EngineConfig, json: Json = None) -> None:
 
     device, ceiling, rows = measure(config)
     print(f"{device}: {ceiling}")
-    report.show(f"startup, {config.model}, seconds", rows)
+    phases = [{"seconds": phase} | {row["start"]: row[phase] for row in rows} for phase in rows[0] if phase != "start"]
+    report.show(f"startup, {config.model}", phases)
     if json is not None:
         report.save(json, "startup", device, ceiling, config, rows)
 
@@ -163,9 +164,7 @@ def serve(
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option(
-            help="That send; by default one per 256 of concurrency, at most half the CPUs.", min=1, show_default=False
-        ),
+        typer.Option(help="By default one per 256 of concurrency, at most half the CPUs.", min=1, show_default=False),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Prompts are random token ids below this.", min=8)] = 32000,
     seed: Annotated[int, typer.Option(help="Of prompts and arrivals; another one misses the prefix cache.", min=0)] = 3,
@@ -195,7 +194,7 @@ def serve(
             model=choose_model(address, model),
             rate=rate,
             concurrency=concurrency,
-            processes=processes or default_processes(concurrency),
+            processes=min(processes or default_processes(concurrency), concurrency, len(work)),
             timeout=timeout,
             seed=seed,
         )

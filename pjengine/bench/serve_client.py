@@ -1,0 +1,194 @@
+"""Sends a workload to an OpenAI-compatible server and records what comes back. Runs in processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from pjengine.bench.serve_http import Address, BadResponse, EventDecoder, Response, request
+from pjengine.bench.serve_trace import Trace
+from pjengine.bench.workloads import Item
+
+Endpoint = Literal["completions", "chat", "embeddings"]
+PATHS: dict[Endpoint, str] = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "embeddings": "/v1/embeddings",
+}
+_WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+_SHOWN = 160  # characters of a server's error message
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A request ready to be sent. due: seconds after the start of the run."""
+
+    due: float
+    body: bytes
+    asked: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """The share of a workload that one process sends, in order of `due`.
+
+    Attributes:
+      concurrency: most requests in flight.
+      timeout: seconds after which a request has failed.
+    """
+
+    address: Address
+    endpoint: Endpoint
+    calls: Sequence[Call]
+    concurrency: int
+    timeout: float
+
+
+def body_of(endpoint: Endpoint, model: str, item: Item) -> bytes:
+    """The JSON of a request: greedy, streamed, and not ended by the model (`ignore_eos`, vLLM's extension).
+
+    Chat has no token ids: a prompt is as many common words as it has tokens, about one token each.
+    """
+    if endpoint == "embeddings":
+        return msgspec.json.encode({"model": model, "input": item.prompt_token_ids})
+    fields = {
+        "model": model,
+        "max_tokens": item.output_len,
+        "temperature": 0,
+        "ignore_eos": True,
+        "skip_special_tokens": False,  # or tokens would come that cannot be seen to come
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if endpoint == "chat":
+        text = " ".join(_WORDS[i % len(_WORDS)] for i in item.prompt_token_ids)
+        return msgspec.json.encode(fields | {"messages": [{"role": "user", "content": text}]})
+    return msgspec.json.encode(fields | {"prompt": item.prompt_token_ids})
+
+
+async def drive(load: Load, start: float) -> list[Trace]:
+    """Sends every call when it is due, whatever has come back by then, unless `concurrency` are in flight.
+
+    Args:
+      start: when the run begins, `time.monotonic`.
+    """
+    places = asyncio.Semaphore(load.concurrency)
+    traces = [Trace(due=start + call.due, asked=call.asked) for call in load.calls]
+    async with asyncio.TaskGroup() as tasks:
+        for call, trace in zip(load.calls, traces, strict=True):
+            if (early := trace.due - time.monotonic()) > 0:
+                await asyncio.sleep(early)
+            await places.acquire()
+            sending = tasks.create_task(send(load, call, trace))
+            sending.add_done_callback(lambda _: places.release())
+    return traces
+
+
+async def send(load: Load, call: Call, trace: Trace) -> None:
+    """One request; fills its trace, also with what went wrong."""
+    trace.sent = time.monotonic()
+    try:
+        async with (
+            asyncio.timeout(load.timeout),
+            request(load.address, "POST", PATHS[load.endpoint], call.body) as response,
+        ):
+            read = _read_embedding if load.endpoint == "embeddings" else _read_events
+            trace.error = await (read(response, trace) if response.status == 200 else refusal(response))
+    except TimeoutError:
+        trace.error = f"no end within {load.timeout:g} s"
+    except OSError as error:
+        trace.error = f"connection failed: {error.strerror or error}"
+    except (BadResponse, msgspec.DecodeError) as error:
+        trace.error = str(error)
+    trace.finished = time.monotonic()
+
+
+def run_client(connection: Any, load: Load) -> None:
+    """The body of a client process: says that it is ready, learns the start, answers (traces, CPU seconds)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file; many systems allow 1024 at first
+    connection.send(None)
+    start = connection.recv()
+    before = time.process_time()
+    traces = asyncio.run(drive(load, start))
+    connection.send((traces, time.process_time() - before))
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+
+class _Event(msgspec.Struct):
+    """The fields that are read of an event, of an embedding answer or of an error."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
+
+async def _read_events(response: Response, trace: Trace) -> str | None:
+    """Reads a stream to its end; what was wrong with it, or None."""
+    decoder, usage = EventDecoder(), None
+    async for data in response.body:
+        now = time.monotonic()
+        for payload in decoder.feed(data):
+            if payload == b"[DONE]":
+                continue
+            event = _decode(payload)
+            if event.error is not None:
+                return f"error in the stream: {_message(event.error)}"
+            usage = event.usage or usage
+            if event.choices and _has_text(event.choices[0]):
+                trace.arrivals.append(now)
+    if usage is None:
+        return "the stream ended without its usage (stream_options.include_usage)"
+    trace.prompt_tokens, trace.output_tokens = usage.prompt_tokens, usage.completion_tokens
+    return None if trace.arrivals else "the stream brought no text"
+
+
+async def _read_embedding(response: Response, trace: Trace) -> str | None:
+    usage = _decode(await response.read()).usage
+    if usage is None:
+        return "the answer has no usage"
+    trace.prompt_tokens = usage.prompt_tokens
+    return None
+
+
+async def refusal(response: Response) -> str:
+    """A status that is not 200, with what the server says of it."""
+    body = await response.read()
+    try:
+        error: Any = _decode(body).error
+    except msgspec.DecodeError:
+        error = None
+    return f"HTTP {response.status}: {_message(error or body.decode(errors='replace'))}"
+
+
+def _has_text(choice: _Choice) -> bool:
+    delta = choice.delta
+    return bool(choice.text or (delta is not None and (delta.content or delta.reasoning_content)))
+
+
+def _message(error: object) -> str:
+    text = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(text).split())[:_SHOWN]
