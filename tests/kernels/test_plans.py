@@ -1,0 +1,100 @@
+"""The work lists of the GPU kernels cover every query and key exactly once, whatever the lengths."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pjengine.pallas_kernels.flash import TILE
+from pjengine.pallas_kernels.packed.mosaic import PackedConfig, packed_plan
+from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan
+from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
+from pjengine.pallas_kernels.specs import AttentionSpec
+
+ROWS, TOKENS = 6, 900
+SETTINGS = settings(max_examples=60, deadline=None)
+lengths = st.lists(st.integers(0, 400), min_size=ROWS, max_size=ROWS)
+
+
+@SETTINGS
+@given(lens=lengths, window=st.sampled_from([None, 70]))
+def test_decode_shares_are_even_and_complete(lens: list[int], window: int | None) -> None:
+    spec = AttentionSpec(heads=6, kv_heads=3, head_dim=64, page_size=16, decode=True, window=window)
+    config = DecodeConfig(block=64, stages=2, workers=2, sms=5)
+    starts, shares = (np.asarray(x) for x in decode_plan(jnp.asarray(lens, jnp.int32), spec, config))
+    first = [max(n - window, 0) // 64 if window else 0 for n in lens]
+    blocks = [max(-(-n // 64) - f, 0) for n, f in zip(lens, first, strict=True)]
+    np.testing.assert_array_equal(starts, np.cumsum([0, *blocks]))
+    line = [(row, head) for row, count in enumerate(blocks) for head in range(3) for _ in range(count)]
+    begins, ends = shares[:, 0], shares[:, 1]
+    assert begins[0] == 0
+    assert ends[-1] == len(line)
+    np.testing.assert_array_equal(begins[1:], ends[:-1])
+    assert (ends - begins).max(initial=0) == -(-len(line) // 10)
+    for begin, end, row, head in shares:
+        if begin < end:
+            assert line[begin] == (row, head)
+
+
+@SETTINGS
+@given(counts=lengths, prefixes=lengths, lead=st.integers(0, 7))
+def test_prefill_tiles_hold_each_query_once(counts: list[int], prefixes: list[int], lead: int) -> None:
+    room = TOKENS - lead
+    for i, count in enumerate(counts):
+        counts[i] = min(count, room)
+        room -= counts[i]
+    counts = [0 if n == 1 else n for n in counts]
+    starts = lead + np.cumsum([0, *counts])
+    kv_lens = np.add(counts, prefixes)
+    query_starts, queries, kv = (jnp.asarray(x, jnp.int32) for x in (starts, counts, kv_lens))
+    plan = np.asarray(prefill_plan(query_starts, queries, kv, TOKENS))
+    seen = np.zeros(TOKENS, int)
+    for token, begin, end, position, row in plan[plan[:, 2] > 0]:
+        assert token % 8 == 0
+        assert 0 <= begin < end <= TILE
+        seen[token + begin : token + end] += 1
+        assert starts[row] <= token + begin
+        assert token + end <= starts[row + 1]
+        assert position == prefixes[row] + token - starts[row]
+    expected = np.zeros(TOKENS, int)
+    expected[lead : starts[-1]] = 1
+    np.testing.assert_array_equal(seen, expected)
+    last_keys = np.where(plan[:, 2] > 0, plan[:, 3] + plan[:, 2], -1)
+    assert (np.diff(last_keys) <= 0).all(), "longest first, padding last"
+
+
+@SETTINGS
+@given(lens=lengths, causal=st.booleans(), window=st.sampled_from([None, 30]), block=st.sampled_from([64, 128]))
+def test_packed_tiles_read_what_their_tokens_see(lens: list[int], causal: bool, window: int | None, block: int) -> None:
+    starts = np.minimum(np.cumsum([0, *lens]), TOKENS)
+    spec = AttentionSpec(heads=2, kv_heads=2, head_dim=64, causal=causal, window=window)
+    config = PackedConfig(block=block, stages=2, sms=5)
+    ranges, plan = (np.asarray(x) for x in packed_plan(jnp.asarray(starts, jnp.int32), TOKENS, spec, config))
+    row = np.repeat(np.arange(ROWS), np.diff(starts))
+    for token in range(ranges.shape[1]):
+        low, high = ranges[:, token]
+        if token >= starts[-1]:
+            assert low == high == 0
+            continue
+        keys = np.arange(starts[row[token]], starts[row[token] + 1])
+        if causal:
+            keys = keys[keys <= token]
+        if window is not None:
+            keys = keys[np.abs(keys - token) < window]
+        assert (low, high) == (keys[0], keys[-1] + 1)
+    for (key, blocks, whole_begin, whole_end), (lows, highs) in zip(
+        plan, ranges.reshape(2, -1, TILE).transpose(1, 0, 2), strict=True
+    ):
+        assert key % 8 == 0
+        assert 0 <= whole_begin <= whole_end <= blocks
+        real = highs > 0
+        if real.any():
+            assert key <= lows[real].min()
+            assert highs.max() <= key + blocks * block
+        else:
+            assert blocks == 0
+        if whole_begin < whole_end:
+            assert lows.max() <= key + whole_begin * block
+            assert key + whole_end * block <= highs.min()
