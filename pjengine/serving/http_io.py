@@ -89,7 +89,7 @@ class EventStream(Response):
 
     Args:
       events: each event's data, one line.
-      close: frees what the events are made from; called once more than needed if need be.
+      close: frees what the events are made from.
       on_error: an exception of `events` as the data of a last event: the status line is long gone by then.
     """
 

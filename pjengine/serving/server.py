@@ -158,7 +158,7 @@ async def _serve_engine(
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    listener.listen(server.config.backlog)
+    listener.listen(server.config.backlog)  # so that what is printed next is true
     host, port = listener.getsockname()[:2]
     print(
         f"pjengine: serving {names[0]} on http://{f'[{host}]' if ':' in host else host}:{port}",
