@@ -82,8 +82,8 @@ def packed_cases() -> dict[str, list[int]]:
 def main(json_path: str | None) -> list[dict[str, Any]]:
     """Runs everything, prints a table, and writes it to json_path where given.
 
-    Returns: a row per case: op, case, microseconds, rate, unit, ratio (to the unit's ceiling), cudnn (our rate over that
-      of `jax.nn.dot_product_attention`'s cuDNN path; None where cuDNN cannot do the work).
+    Returns: a row per case: op, case, microseconds, rate, unit, ratio (to the unit's ceiling), cudnn (our rate over
+      that of `jax.nn.dot_product_attention`'s cuDNN path; None where cuDNN cannot do the work).
     Raises:
       KernelUnavailable: there is no GPU.
       ConfigError: json_path cannot be written.
