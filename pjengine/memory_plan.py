@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pjengine.errors import OutOfMemory
 
 GIB = 1 << 30
+RESERVE = 512 << 20  # bytes of a GPU left to allocator rounding, counted with the temporaries
 
 
 @dataclasses.dataclass(frozen=True)

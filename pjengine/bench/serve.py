@@ -35,7 +35,7 @@ class ServeOptions:
       model: as the server calls it.
       rate: requests per second, Poisson arrivals; math.inf: all at once.
       concurrency: most requests in flight.
-      processes: that send, each with its share of the requests and of the concurrency: no more than there are of either.
+      processes: that send, each with its share of requests and concurrency; no more than there are of either.
       timeout: seconds after which a request has failed.
       seed: of the arrivals.
     """

@@ -10,7 +10,7 @@ import typer
 
 import pjengine
 from pjengine.config import EngineConfig
-from pjengine.serving import bench_cli
+from pjengine.serving import bench_cli, plan_cli
 from pjengine.serving.cli_options import reported_errors, with_engine_options
 
 app = typer.Typer(
@@ -183,6 +183,9 @@ def convert(
         convert_model(
             source, destination, dtype=dtype, progress=lambda line: print(f"pjengine: {line}", file=sys.stderr)
         )
+
+
+app.command()(plan_cli.plan)
 
 
 @app.command()
