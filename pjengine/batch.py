@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        return sum(math.prod(shape) for _, shape, _ in self.fields)
+        return sum(_aligned(math.prod(shape)) for _, shape, _ in self.fields)
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:
@@ -47,22 +48,25 @@ class Layout:
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """Writable host views of the fields."""
-        out, at = {}, 0
-        for name, shape, dtype in self.fields:
-            count = math.prod(shape)
-            out[name] = buffer[at : at + count].view(dtype).reshape(shape)
-            at += count
-        return out
+        return {name: buffer[at:end].view(dtype).reshape(shape) for name, shape, dtype, at, end in self._spans()}
 
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
         """The same fields on the device, under jit."""
-        out, at = {}, 0
+        return {
+            name: jax.lax.bitcast_convert_type(buffer[at:end].reshape(shape), jnp.dtype(dtype))
+            for name, shape, dtype, at, end in self._spans()
+        }
+
+    def _spans(self) -> Iterator[tuple[str, tuple[int, ...], str, int, int]]:
+        at = 0
         for name, shape, dtype in self.fields:
-            count = math.prod(shape)
-            field = buffer[at : at + count].reshape(shape)
-            out[name] = field if dtype == "int32" else jax.lax.bitcast_convert_type(field, jnp.dtype(dtype))
-            at += count
-        return out
+            yield name, shape, dtype, at, at + math.prod(shape)
+            at += _aligned(math.prod(shape))
+
+
+def _aligned(count: int) -> int:
+    """Elements up to the next 256 bytes: XLA passes a field to a Mosaic kernel in place, and those refuse less."""
+    return -(-count // 64) * 64
 
 
 def forward_layout(bucket: Bucket, groups: int, max_pages: int) -> Layout:
