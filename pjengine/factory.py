@@ -19,10 +19,10 @@ from pjengine.embedding_engine import EmbeddingEngine
 from pjengine.embedding_runner import EmbeddingRunner
 from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
-from pjengine.errors import ConfigError
 from pjengine.executables import open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
-from pjengine.memory_plan import MemoryPlan, plan_memory
+from pjengine.limits import embedding_budget, limits_of, window_of
+from pjengine.memory_plan import RESERVE, MemoryPlan, plan_memory
 from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
 from pjengine.models.loading import choose_dtype, load_source, model_of
 from pjengine.models.sources import Source, resolve
@@ -32,8 +32,6 @@ from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
 
 logger = logging.getLogger(__name__)
-
-_RESERVE = 512 << 20  # bytes of a GPU left to allocator rounding
 
 
 def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | EmbeddingEngine:
@@ -76,10 +74,9 @@ def _make_generator(
 ) -> Engine:
     gpu = jax.default_backend() == "gpu"
     specs = module.cache_specs(model_config)
-    page_size = config.page_size or (64 if gpu else 16)
-    window = _window(config, model_config)
-    max_num_seqs = config.max_num_seqs or (256 if gpu else 64)
-    step_tokens = config.max_num_batched_tokens or (8192 if gpu else 512)
+    limits = limits_of(config, model_config.max_position_embeddings, gpu=gpu)
+    window, page_size = limits.window, limits.page_size
+    max_num_seqs, step_tokens = limits.max_num_seqs, limits.step_tokens
     backends = _check_backends(config, model_config, specs, page_size, dtype)
 
     def shape(max_pages: int) -> RunnerShape:
@@ -133,10 +130,10 @@ def _make_embedder(
     config: EngineConfig, source: Source, module: ModuleType, model_config: Any, params: Any, dtype: Any, progress: bool
 ) -> EmbeddingEngine:
     gpu = jax.default_backend() == "gpu"
-    window = _window(config, model_config)
+    window = window_of(config, model_config.max_position_embeddings)
     if config.max_model_len is None and source.pooling is not None and source.pooling.max_seq_length:
         window = min(window, source.pooling.max_seq_length)
-    budget = max(config.max_num_batched_tokens or (16384 if gpu else 512), window)
+    budget = embedding_budget(config, window, gpu=gpu)
     runner = EmbeddingRunner(
         module,
         model_config,
@@ -161,13 +158,6 @@ def _make_embedder(
         device=jax.devices()[0].device_kind,
     )
     return EmbeddingEngine(info, runner, max_waiting=config.max_waiting)
-
-
-def _window(config: EngineConfig, model_config: Any) -> int:
-    limit = model_config.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ConfigError(f"max_model_len: expected at most {limit}, the model's limit, got {config.max_model_len}")
-    return config.max_model_len or limit
 
 
 def _check_backends(
@@ -212,7 +202,7 @@ def _plan(
             window if config.max_model_len else min(window, config.cpu_kv_bytes // sum(sizes) * shape.page_size // 2)
         )
     else:
-        temporaries = _temporaries(module, model_config, params, dtype, specs, shape) + _RESERVE
+        temporaries = _temporaries(module, model_config, params, dtype, specs, shape) + RESERVE
         # What is in use already counts: weights, and whatever else the program holds.
         budget = stats["bytes_limit"] - (stats["bytes_in_use"] - weights)
     return plan_memory(
