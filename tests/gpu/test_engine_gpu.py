@@ -115,11 +115,8 @@ def test_llama_8b_serves_64_requests_at_once(llama_8b: Engine) -> None:
     assert llama_8b.stats().used_pages == 0
 
 
-def test_llama_8b_logits_against_float32(llama_8b: Engine) -> None:
-    """Engine's log-probabilities path aside: hidden states over pages in ragged chunks, bf16, against float32 without
-    pages.
-    """
-    del llama_8b  # compiled first, so that its memory is claimed before this test's
+def test_llama_8b_layers_against_float32() -> None:
+    """Eight layers of its shape, 64 ragged sequences in chunks over pages: bf16 with the kernels against float32."""
     config = dataclasses.replace(
         llama.Config.from_hf(json.loads((LLAMA_8B / "config.json").read_text())), num_layers=8, windows=(None,) * 8
     )
