@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from types import ModuleType
@@ -62,10 +61,7 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
 
 def prepare_device(config: EngineConfig) -> None:
     """Settings that JAX reads when it first touches the device; a program that has done so already keeps its own."""
-    # In 256ths: XLA hands out temporaries from the upper end of its pool, so the pool's size must be a multiple of their
-    # alignment (0.92 of an H200 is not: "Input buffer is not 256-byte aligned", jax 0.11.2).
-    fraction = math.floor(config.gpu_memory_utilization * 256) / 256
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
     use_compile_cache(config.compile_cache)
 
 
