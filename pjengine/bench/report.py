@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 
 
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a table."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*map(_shown, row.values()))
+    """Prints rows of equal keys as a table; a single row as a list, which fits any terminal."""
+    names = [name.replace("_", " ") for name in rows[0]]
+    table = Table(title=title, show_header=len(rows) > 1)
+    if len(rows) == 1:
+        table.add_column()
+        table.add_column(justify="right")
+        for name, value in zip(names, rows[0].values(), strict=True):
+            table.add_row(name, _shown(value))
+    else:
+        for name in names:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*map(_shown, row.values()))
     Console().print(table)
 
 

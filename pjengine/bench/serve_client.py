@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import resource
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -111,6 +112,7 @@ async def send(load: Load, call: Call, trace: Trace) -> None:
 
 def run_client(connection: Any, load: Load) -> None:
     """The body of a client process: says that it is ready, learns the start, answers (traces, CPU seconds)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which takes its clients with it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file; many systems allow 1024 at first
     connection.send(None)

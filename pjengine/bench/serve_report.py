@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pjengine.bench import report
@@ -27,7 +26,7 @@ _BUSY = 0.9  # CPU share from which on the client is suspected of being the limi
 def show(base_url: str, workload: str, options: ServeOptions, summary: Summary, client_share: float) -> None:
     """Prints throughput, latencies and, in any case, what failed."""
     console = Console()
-    totals = Table(title=escape(f"serve, {options.model} at {base_url}, {workload}"), show_header=False)
+    totals = Table(show_header=False)
     totals.add_column()
     totals.add_column(justify="right")
     totals.add_row("completed / failed requests", f"{summary.completed:,} / {summary.failed:,}")
@@ -36,6 +35,7 @@ def show(base_url: str, workload: str, options: ServeOptions, summary: Summary, 
     for name, rate in summary.rates.items():
         totals.add_row(f"{name} per second", f"{rate:,.2f}")
     totals.add_row("client's CPU share", f"{client_share:.0%} of the busiest of {options.processes}")
+    print(f"serve, {options.model} at {base_url}, {workload}")
     console.print(totals)
     if summary.latencies:
         table = Table(title="ms")

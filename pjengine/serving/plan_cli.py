@@ -57,15 +57,15 @@ def _memory(device: str) -> float:
 
 def _show(config: EngineConfig, device: str, tensor_parallel: int, found: DevicePlan) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     where = f"each of {tensor_parallel} × {device}" if tensor_parallel > 1 else device
-    table = Table(title=escape(f"{config.model} in {found.dtype} on {where}"), show_header=False)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in _rows(config, found):
         table.add_row(name, value)
+    print(f"{config.model} in {found.dtype} on {where}")
     Console().print(table)
     print("Temporaries are an estimate: the engine reads them off its executables when it starts.")
     if tensor_parallel > 1:

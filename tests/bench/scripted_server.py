@@ -32,14 +32,16 @@ class ScriptedServer:
             self.heads.append(head)
             length = next((int(x.split(b":")[1]) for x in head.split(b"\r\n") if x.startswith(b"Content-Length")), 0)
             body = json.loads(await reader.readexactly(length)) if length else {}
-            await self._answer(head.split(b" ")[1].decode(), body, writer)
+            await self._answer(head.split(b" ")[1].decode(), body, reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client has gone
         finally:
             self.open -= 1
             writer.close()
 
-    async def _answer(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _answer(
+        self, path: str, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         if path == "/v1/models":
             return _whole(writer, 200, {"data": [{"id": "m"}]})
         self.bodies.append(body)
@@ -53,6 +55,9 @@ class ScriptedServer:
             return _whole(writer, 400, {"error": {"message": "prompt: refused"}})
         if script == GARBAGE:
             return writer.write(b"SSH-2.0-OpenSSH\r\n\r\n")
+        if script == HANG:
+            await reader.read()  # until the client leaves
+            return None
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         async for payload in _events(script, body):
             event = f"data: {payload}\n\n".encode()
@@ -69,8 +74,6 @@ async def _events(script: int, body: dict[str, Any]) -> AsyncIterator[str]:
     chat, count = "messages" in body, body["max_tokens"]
     if chat:
         yield json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-    if script == HANG:
-        await asyncio.sleep(60)
     await asyncio.sleep(FIRST)
     made = 1 if script in (EARLY, CUT, FAIL) else count
     for i in range(made):

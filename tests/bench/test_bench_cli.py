@@ -1,0 +1,163 @@
+"""`pjengine bench serve` and `startup` from the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.testing
+
+from pjengine.bench.startup import PhaseLog
+from pjengine.serving.cli import app
+from tests.bench.scripted_server import FAIL, HANG, ScriptedServer, scripted
+from tests.serving.live_server import fake_command, running, wait_for
+
+ROOT = Path(__file__).parents[2]
+LLAMA = str(ROOT / "tests" / "golden" / "llama")
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with scripted() as live:
+        yield live
+
+
+def run(*arguments: str) -> typer.testing.Result:
+    return typer.testing.CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "120", "OPENAI_API_KEY": ""})
+
+
+def workload(tmp_path: Path, *rows: object) -> str:
+    file = tmp_path / "w.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_serve_against_the_real_server(tmp_path: Path, endpoint: str) -> None:
+    """The server's own HTTP stack, on an engine that needs no model."""
+    work = workload(tmp_path, *[{"prompt_len": 5 + i, "output_len": 4 + i} for i in range(20)])
+    file = tmp_path / "out.json"
+    with running(fake_command(api_key="key")) as live:
+        arguments = ["serve", "--base-url", f"{live.url}/v1", "--workload", work, "--vocab-size", "160"]
+        arguments += ["--endpoint", endpoint, "--processes", "2", "--concurrency", "8", "--request-rate", "200"]
+        done = run(*arguments, "--api-key", "key", "--goodput", "e2el:60000", "--json", str(file))
+        assert done.exit_code == 0, done.output
+        refused = run(*arguments)
+        assert refused.exit_code == 1
+        assert "HTTP 401" in refused.stderr
+    assert "20 / 0" in done.stdout
+    assert "time to first token" in done.stdout
+    kept = json.loads(file.read_text())
+    (row,) = kept["rows"]
+    assert (row["completed"], row["failed"], row["early"]) == (20, 0, 0)
+    assert row["output_tokens"] == sum(4 + i for i in range(20))
+    if endpoint == "completions":
+        assert row["prompt_tokens"] == sum(5 + i for i in range(20))
+    assert row["rates"]["good requests"] == row["rates"]["requests"]
+    assert (kept["config"]["concurrency"], kept["config"]["rate"]) == (8, "200.0")
+    assert "key" not in json.dumps(kept["config"])
+
+
+def test_failures_are_shown_and_fail(tmp_path: Path, server: ScriptedServer) -> None:
+    work = workload(tmp_path, {"prompt_len": 3, "output_len": 2}, {"prompt_token_ids": [FAIL], "output_len": 2})
+    file = tmp_path / "out.json"
+    done = run("serve", "--base-url", server.url, "--workload", work, "--json", str(file))
+    assert done.exit_code == 1
+    assert "1 / 1" in done.stdout
+    assert "failed: 1 × error in the stream: the engine died" in done.stdout
+    assert json.loads(file.read_text())["rows"][0]["errors"] == {"error in the stream: the engine died": 1}
+
+
+def test_embeddings(tmp_path: Path, server: ScriptedServer) -> None:
+    work = workload(tmp_path, *[{"prompt_len": 5}] * 3)
+    done = run("serve", "--base-url", server.url, "--workload", work, "--endpoint", "embeddings")
+    assert done.exit_code == 0, done.output
+    assert "15 / 0" in done.stdout
+    assert "time to first token" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--base-url", "http://127.0.0.1:9"], "base_url: http://127.0.0.1:9 cannot be reached"),
+        (["--base-url", "localhost"], "base_url: expected a URL"),
+        (["--base-url", "URL/x"], "/x/v1/models: HTTP 404: no such path"),
+        (["--base-url", "URL", "--model", "other"], "model: the server serves m, not other"),
+        (["--request-rate", "0"], "request_rate: expected requests per second above 0, or inf, got '0'"),
+        (["--request-rate", "nan"], "request_rate: "),
+        (["--goodput", "itl:3"], "goodput: "),
+        (["--endpoint", "images"], "endpoint: expected one of completions, chat, embeddings"),
+        (["--workload", "queries"], "needs an output_len of at least 1"),
+        (["--workload", "/no/such"], "workload: expected chat"),
+    ],
+)
+def test_serve_errors_are_one_line(server: ScriptedServer, arguments: list[str], said: str) -> None:
+    done = run("serve", *(argument.replace("URL", server.url) for argument in arguments))
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pjengine: error: ")
+    assert said in line
+
+
+def test_startup(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    small = ["--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--num-pages", "8", "--max-model-len", "64"]
+    done = run("startup", "--model", LLAMA, *small, "--json", str(file))
+    assert done.exit_code == 0, done.output
+    kept = json.loads(file.read_text())
+    cold, warm = kept["rows"]
+    phases = ["imports", "device", "weights", "memory plan", "forward steps", "samplers", "cache and tables"]
+    assert list(cold) == list(warm) == ["start", *phases, "first token", "total"]
+    assert (cold["start"], warm["start"]) == ("cold", "warm")
+    for row in (cold, warm):
+        assert row["total"] == pytest.approx(sum(v for k, v in row.items() if k not in ("start", "total")))
+        assert all(row[phase] >= 0 for phase in phases)
+    assert warm["forward steps"] + warm["samplers"] < 0.7 * (cold["forward steps"] + cold["samplers"])
+    assert kept["device"] == "cpu"
+    assert kept["roofline"]["copy_bandwidth"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--model", "/no/such"], "/no/such"), (["--model", LLAMA, "--compile-cache", "x"], "compile_cache: ")],
+)
+def test_startup_errors(arguments: list[str], said: str) -> None:
+    done = run("startup", *arguments)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("pjengine: error: ")
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("command", [["plan"], ["bench", "serve"], ["bench", "startup"]])
+def test_help(command: list[str]) -> None:
+    done = typer.testing.CliRunner().invoke(app, [*command, "--help"])
+    assert done.exit_code == 0
+    assert "Usage: " in done.stdout
+
+
+def test_ctrl_c_ends_the_clients_too(server: ScriptedServer, tmp_path: Path) -> None:
+    work = workload(tmp_path, {"prompt_len": 3, "output_len": 1}, {"prompt_token_ids": [HANG], "output_len": 1})
+    command = [sys.executable, "-m", "pjengine", "bench", "serve", "--base-url", server.url, "--workload", work]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for(lambda: any(body["prompt"] == [HANG] for body in server.bodies), 30)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode != 0
+    assert "Traceback" not in err
+    wait_for(lambda: server.open == 0)  # the connection has gone with its process
+
+
+def test_phases_are_the_marked_records() -> None:
+    log = PhaseLog()
+    for extra in ({}, {"phase": "a"}, {"other": 1}, {"phase": "b"}):
+        log.handle(logging.makeLogRecord(extra))
+    (a, first), (b, second) = log.ends
+    assert (a, b) == ("a", "b")
+    assert log.seconds(first - 2.0) == pytest.approx({"a": 2.0, "b": second - first})
