@@ -9,7 +9,13 @@ from pjengine.pallas_kernels.packed.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 BACKENDS = (
-    Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.packed.mosaic", "packed_attention"),
+    Backend(
+        "mosaic",
+        mosaic_refusal,
+        "pjengine.pallas_kernels.packed.mosaic",
+        "packed_attention",
+        passed_over="its results are not yet checked on a GPU; --attention-backend mosaic asks for it",
+    ),
     Backend("reference", accept, "pjengine.pallas_kernels.packed.reference", "packed_attention"),
 )
 
