@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
 from pjengine.executables import open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
-from pjengine.limits import embedding_budget, limits_of, window_of
+from pjengine.limits import Limits, embedding_budget, limits_of, window_of
 from pjengine.memory_plan import RESERVE, MemoryPlan, plan_memory
 from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
 from pjengine.models.loading import choose_dtype, load_source, model_of
@@ -31,6 +32,17 @@ from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A model on the device, and where it came from."""
+
+    source: Source
+    module: ModuleType
+    config: Any
+    params: Any
+    dtype: jnp.dtype
 
 
 def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | EmbeddingEngine:
@@ -50,11 +62,12 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
     module, model_config = model_of(source)
     dtype = choose_dtype(source, config.dtype)
     params = load_source(source, module, model_config, dtype, seed=config.seed)
+    model = _Model(source, module, model_config, params, dtype)
     seconds = time.monotonic() - started
     # A record's attribute `phase` names what has ended, for those who time the start-up.
     logger.info("loaded %s as %s in %.1f s", config.model, dtype, seconds, extra={"phase": "weights"})
     make = _make_generator if hasattr(module, "logits") else _make_embedder
-    engine = make(config, source, module, model_config, params, dtype, progress)
+    engine = make(config, model, progress)
     logger.info("ready in %.1f s: %s", time.monotonic() - started, engine.info, extra={"phase": "cache and tables"})
     return engine
 
@@ -65,106 +78,93 @@ def prepare_device(config: EngineConfig) -> None:
     use_compile_cache(config.compile_cache)
 
 
-def _make_generator(
-    config: EngineConfig, source: Source, module: ModuleType, model_config: Any, params: Any, dtype: Any, progress: bool
-) -> Engine:
+def _make_generator(config: EngineConfig, model: _Model, progress: bool) -> Engine:
     gpu = jax.default_backend() == "gpu"
-    specs = module.cache_specs(model_config)
-    limits = limits_of(config, model_config.max_position_embeddings, gpu=gpu)
-    window, page_size = limits.window, limits.page_size
-    max_num_seqs, step_tokens = limits.max_num_seqs, limits.step_tokens
-    backends = _check_backends(config, model_config, specs, page_size, dtype)
-
-    def shape(max_pages: int) -> RunnerShape:
-        return RunnerShape(
-            # On a CPU XLA multiplies a single row ten times slower than eight.
-            buckets=make_buckets(max_num_seqs, step_tokens, first=1 if gpu else 8, growth=2 if gpu else 8),
-            slots=max_num_seqs,
-            max_pages=max_pages,
-            page_size=page_size,
-            groups=len(page_bytes(specs, page_size, dtype)),
-            vocab_size=model_config.vocab_size,
-            backend=config.attention_backend,
-        )
-
-    max_pages = -(-window // page_size)
-    plan = _plan(config, module, model_config, params, dtype, specs, shape(max_pages), window, step_tokens)
+    specs = model.module.cache_specs(model.config)
+    limits = limits_of(config, model.config.max_position_embeddings, gpu=gpu)
+    backends = _check_backends(config, model, specs, limits.page_size)
+    shape = RunnerShape(
+        # On a CPU XLA multiplies a single row ten times slower than eight.
+        buckets=make_buckets(limits.max_num_seqs, limits.step_tokens, first=1 if gpu else 8, growth=2 if gpu else 8),
+        slots=limits.max_num_seqs,
+        max_pages=-(-limits.window // limits.page_size),
+        page_size=limits.page_size,
+        groups=len(page_bytes(specs, limits.page_size, model.dtype)),
+        vocab_size=model.config.vocab_size,
+        backend=config.attention_backend,
+    )
+    plan = _plan(config, model, specs, shape, limits)
     windows = dict.fromkeys(spec.window for spec in specs)
     groups = [CacheGroup(pages, w) for pages, w in zip(plan.pages, windows, strict=True)]
-    cache = KVCacheManager(groups, page_size, config.enable_prefix_caching)
-    if cache.capacity(step_tokens) < window:
-        window = cache.capacity(step_tokens)
+    cache = KVCacheManager(groups, limits.page_size, config.enable_prefix_caching)
+    window = min(limits.window, cache.capacity(limits.step_tokens))
+    if window < limits.window:
         logger.warning("max_model_len: lowered to %d, the longest sequence that %d pages hold", window, min(plan.pages))
     logger.info("memory: %s", plan, extra={"phase": "memory plan"})
-    eos = source.eos_token_ids
     runner = ModelRunner(
-        module,
-        model_config,
-        params,
-        cache_shapes(specs, plan.pages, page_size, dtype),
-        shape(max_pages),
-        frozenset(eos),
-        open_store(config.compile_cache, (model_config, shape(max_pages), plan.pages, jnp.dtype(dtype).name)),
+        model.module,
+        model.config,
+        model.params,
+        cache_shapes(specs, plan.pages, limits.page_size, model.dtype),
+        shape,
+        frozenset(model.source.eos_token_ids),
+        open_store(config.compile_cache, (model.config, shape, plan.pages, model.dtype.name)),
         progress,
     )
     info = EngineInfo(
         model=config.model,
         kind="generate",
-        vocab_size=model_config.vocab_size,
+        vocab_size=model.config.vocab_size,
         max_model_len=window,
-        eos_token_ids=eos,
-        dtype=jnp.dtype(dtype).name,
+        eos_token_ids=model.source.eos_token_ids,
+        dtype=model.dtype.name,
         device=jax.devices()[0].device_kind,
-        page_size=page_size,
+        page_size=limits.page_size,
         backends=backends,
     )
-    scheduler = Scheduler(cache, max_num_seqs, step_tokens)
+    scheduler = Scheduler(cache, limits.max_num_seqs, limits.step_tokens)
     return Engine(info, scheduler, runner, max_waiting=config.max_waiting, seed=config.seed)
 
 
-def _make_embedder(
-    config: EngineConfig, source: Source, module: ModuleType, model_config: Any, params: Any, dtype: Any, progress: bool
-) -> EmbeddingEngine:
+def _make_embedder(config: EngineConfig, model: _Model, progress: bool) -> EmbeddingEngine:
     gpu = jax.default_backend() == "gpu"
-    window = window_of(config, model_config.max_position_embeddings)
-    if config.max_model_len is None and source.pooling is not None and source.pooling.max_seq_length:
-        window = min(window, source.pooling.max_seq_length)
+    window, pooling = window_of(config, model.config.max_position_embeddings), model.source.pooling
+    if config.max_model_len is None and pooling is not None and pooling.max_seq_length:
+        window = min(window, pooling.max_seq_length)
     budget = embedding_budget(config, window, gpu=gpu)
     runner = EmbeddingRunner(
-        module,
-        model_config,
-        params,
-        source.pooling,
+        model.module,
+        model.config,
+        model.params,
+        pooling,
         budget=budget,
         max_rows=config.max_num_seqs or max(8, budget // 8),
         growth=2 if gpu else 4,
         backend=config.attention_backend,
-        store=open_store(
-            config.compile_cache, (model_config, source.pooling, config.attention_backend, jnp.dtype(dtype).name)
-        ),
+        store=open_store(config.compile_cache, (model.config, pooling, config.attention_backend, model.dtype.name)),
         progress=progress,
     )
     info = EngineInfo(
         model=config.model,
         kind="embed",
-        vocab_size=model_config.vocab_size,
+        vocab_size=model.config.vocab_size,
         max_model_len=window,
-        embedding_size=model_config.hidden_size,
-        dtype=jnp.dtype(dtype).name,
+        embedding_size=model.config.hidden_size,
+        dtype=model.dtype.name,
         device=jax.devices()[0].device_kind,
     )
     return EmbeddingEngine(info, runner, max_waiting=config.max_waiting)
 
 
 def _check_backends(
-    config: EngineConfig, model_config: Any, specs: tuple[CacheSpec, ...], page_size: int, dtype: Any
+    config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], page_size: int
 ) -> tuple[tuple[str, str, str], ...]:
     rows = describe_backends(
-        model_config.num_heads,
+        model.config.num_heads,
         specs[0].kv_heads,
         specs[0].head_dim,
         page_size,
-        jnp.dtype(dtype).name,
+        model.dtype.name,
         backend=config.attention_backend,
         window=specs[0].window,
     )
@@ -174,31 +174,22 @@ def _check_backends(
 
 
 def _plan(
-    config: EngineConfig,
-    module: ModuleType,
-    model_config: Any,
-    params: Any,
-    dtype: Any,
-    specs: tuple[CacheSpec, ...],
-    shape: RunnerShape,
-    window: int,
-    step_tokens: int,
+    config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], shape: RunnerShape, limits: Limits
 ) -> MemoryPlan:
-    sizes = page_bytes(specs, shape.page_size, dtype)
-    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    sizes = page_bytes(specs, shape.page_size, model.dtype)
+    weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     state = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size))
     tables = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     if config.num_pages is not None:
         pages = (config.num_pages,) * shape.groups
         return MemoryPlan(0, weights, 0, tables, pages, sum(config.num_pages * size for size in sizes))
+    # A window that was asked for must fit; the model's own is lowered to what does, but not below one step.
+    window = limits.window if config.max_model_len else min(limits.window, limits.step_tokens)
     stats = jax.devices()[0].memory_stats()
     if stats is None:  # a CPU: its memory is the system's
         budget, temporaries = config.cpu_kv_bytes + weights + tables, 0
-        window = (
-            window if config.max_model_len else min(window, config.cpu_kv_bytes // sum(sizes) * shape.page_size // 2)
-        )
     else:
-        temporaries = _temporaries(module, model_config, params, dtype, specs, shape) + RESERVE
+        temporaries = _temporaries(model, specs, shape) + RESERVE
         # What is in use already counts: weights, and whatever else the program holds.
         budget = stats["bytes_limit"] - (stats["bytes_in_use"] - weights)
     return plan_memory(
@@ -210,23 +201,19 @@ def _plan(
         windows=list(dict.fromkeys(spec.window for spec in specs)),
         page_size=shape.page_size,
         max_num_seqs=shape.slots,
-        step_tokens=step_tokens,
-        sequence_tokens=window if config.max_model_len else min(window, step_tokens),
+        step_tokens=limits.step_tokens,
+        sequence_tokens=window,
     )
 
 
-def _temporaries(
-    module: ModuleType, model_config: Any, params: Any, dtype: Any, specs: tuple[CacheSpec, ...], shape: RunnerShape
-) -> int:
-    """Bytes the largest step needs beside its arguments: read off its executable, compiled with a cache of few
-    pages.
-    """
+def _temporaries(model: _Model, specs: tuple[CacheSpec, ...], shape: RunnerShape) -> int:
+    """Bytes the largest step needs beside its arguments: read off its executable, compiled with few pages."""
     bucket: Bucket = max(shape.buckets, key=lambda b: b.tokens)
-    cache = cache_shapes(specs, (2 * shape.max_pages,) * shape.groups, shape.page_size, dtype)
+    cache = cache_shapes(specs, (2 * shape.max_pages,) * shape.groups, shape.page_size, model.dtype)
     layout = forward_layout(bucket, shape.groups, shape.max_pages)
     tail = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size)).tail
-    forward = forward_function(module, model_config, shape)
-    analysis = forward.lower(params, cache, tail, layout.abstract, bucket).compile().memory_analysis()
+    forward = forward_function(model.module, model.config, shape)
+    analysis = forward.lower(model.params, cache, tail, layout.abstract, bucket).compile().memory_analysis()
     aliased = analysis.alias_size_in_bytes
     # Two steps overlap: the outputs of one are alive while the next runs.
     return analysis.temp_size_in_bytes + 2 * max(0, analysis.output_size_in_bytes - aliased)

@@ -10,11 +10,13 @@ from pjengine.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Attributes:
-    window: longest sequence, prompt and output, tokens.
-    page_size: tokens of a KV page.
-    max_num_seqs: sequences of a step.
-    step_tokens: token budget of a step.
+    """Sizes that the engine and the plan agree on.
+
+    Attributes:
+      window: longest sequence, prompt and output, tokens.
+      page_size: tokens of a KV page.
+      max_num_seqs: sequences of a step.
+      step_tokens: token budget of a step.
     """
 
     window: int

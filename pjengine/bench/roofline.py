@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def measure() -> Roofline:
     return Roofline(bandwidth, rate)
 
 
-def _seconds(function, argument: jax.Array) -> float:  # type: ignore[no-untyped-def]
+def _seconds(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> float:
     """Mean over back-to-back calls, after a warm-up."""
     function(argument).block_until_ready()
     started = time.perf_counter()
