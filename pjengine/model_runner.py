@@ -91,8 +91,8 @@ class RunningStep:
             at = 0
             for r, row in enumerate(self.batch.rows):
                 if wants_prompt_logprobs(row):
-                    prompt[r] = _to_host(self.prompt_logprobs, at, at + row.count)
-                at += row.count
+                    prompt[r] = _to_host(self.prompt_logprobs, at, at + row.size)
+                at += row.size
         return StepResult(tokens, logprobs, prompt)
 
 
@@ -234,9 +234,9 @@ def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:
     targets = np.zeros(bucket.tokens, np.int32)
     at = 0
     for row in batch.rows:
-        known = row.seq.tokens[row.start + 1 : row.start + row.count + 1]
+        known = row.seq.tokens[row.start + 1 : row.start + row.size + 1]
         targets[at : at + len(known)] = known
-        at += row.count
+        at += row.size
     return targets
 
 

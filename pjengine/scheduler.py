@@ -19,7 +19,7 @@ from pjengine.sequence import Sequence, Status
 
 
 class Row(NamedTuple):
-    """One sequence's part of a step: tokens [start, start + count) are computed.
+    """One sequence's part of a step: tokens [start, start + size) are computed.
 
     `pending`: the last of them was sampled by an earlier step and is known only to the device.
     `samples`: the step's logits at the last token yield a new token. `position`: that token's place in its sequence.
@@ -28,13 +28,13 @@ class Row(NamedTuple):
     seq: Sequence
     slot: int
     start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, of no use here
+    size: int
     pending: bool
     samples: bool
 
     @property
     def position(self) -> int:
-        return self.start + self.count
+        return self.start + self.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.count for row in self.rows)
+        return sum(row.size for row in self.rows)
 
     @property
     def decode(self) -> bool:
-        return all(row.count == 1 for row in self.rows)
+        return all(row.size == 1 for row in self.rows)
 
 
 class Scheduler:
@@ -200,7 +200,7 @@ class Scheduler:
             seq=seq,
             slot=seq.slot if seq.slot is not None else -1,
             start=start,
-            count=count,
+            size=count,
             pending=end > len(seq.tokens),
             samples=end == seq.known,
         )
