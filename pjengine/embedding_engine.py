@@ -15,6 +15,10 @@ from pjengine.request_checks import check_prompt
 
 
 class Batch(Protocol):
+    """A batch on its way; `read` waits for the device. bucket_tokens: of the compiled shape it runs in."""
+
+    @property
+    def bucket_tokens(self) -> int: ...
     def read(self) -> np.ndarray: ...
 
 
@@ -45,6 +49,7 @@ class EmbeddingEngine:
         self._in_flight: tuple[list[Request], Batch] | None = None
         self._prompt_tokens = 0
         self._steps = 0
+        self._padded_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -82,6 +87,7 @@ class EmbeddingEngine:
         if batch:
             started = batch, self.runner.dispatch([r.prompt_token_ids for r in batch])
             self._steps += 1
+            self._padded_tokens += started[1].bucket_tokens
             self._prompt_tokens += sum(len(r.prompt_token_ids) for r in batch)
         finished, self._in_flight = self._in_flight, started
         return self._outputs(*finished) if finished else []
@@ -93,6 +99,7 @@ class EmbeddingEngine:
             prompt_tokens=self._prompt_tokens,
             steps=self._steps,
             step_tokens=self._prompt_tokens,
+            padded_tokens=self._padded_tokens,
         )
 
     def _pack(self) -> list[Request]:

@@ -27,6 +27,7 @@ class RunningBatch:
 
     vectors: jax.Array
     count: int
+    bucket_tokens: int
 
     def read(self) -> np.ndarray:
         """float32 [sequences, hidden_size]; waits for the device."""
@@ -98,7 +99,7 @@ class EmbeddingRunner:
         v["positions"][:total] = np.arange(total) - np.repeat(starts[: len(lengths)], lengths)
         vectors = self._executables[bucket](self._params, buffer)
         vectors.copy_to_host_async()
-        return RunningBatch(vectors, len(lengths))
+        return RunningBatch(vectors, len(lengths), bucket.tokens)
 
 
 def _layout(bucket: Bucket) -> Layout:

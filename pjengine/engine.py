@@ -32,8 +32,10 @@ class StepResult:
 
 
 class Step(Protocol):
-    """A step on its way; `read` waits for the device."""
+    """A step on its way; `read` waits for the device. bucket_tokens: of the compiled shape it runs in."""
 
+    @property
+    def bucket_tokens(self) -> int: ...
     def read(self) -> StepResult: ...
 
 
@@ -65,6 +67,7 @@ class Engine:
         self._generated = 0
         self._steps = 0
         self._step_tokens = 0
+        self._padded_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -120,6 +123,7 @@ class Engine:
             started = batch, self.runner.dispatch(batch, self.scheduler.cache.take_copies())
             self._steps += 1
             self._step_tokens += batch.num_tokens
+            self._padded_tokens += started[1].bucket_tokens
         finished, self._in_flight = self._in_flight, started
         return self._update(*finished) if finished else []
 
@@ -140,6 +144,7 @@ class Engine:
             generation_tokens=self._generated,
             steps=self._steps,
             step_tokens=self._step_tokens,
+            padded_tokens=self._padded_tokens,
         )
 
     def check_integrity(self) -> None:

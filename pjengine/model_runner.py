@@ -79,6 +79,7 @@ class RunningStep:
     """A dispatched step; its arrays are on their way to the host."""
 
     batch: Batch
+    bucket_tokens: int
     sampled: Sampled
     prompt_logprobs: Logprobs | None
 
@@ -161,7 +162,7 @@ class ModelRunner:
             prompt_logprobs = self._prompt_logprobs(self.params, hidden, _next_tokens(batch, bucket))
         for array in jax.tree.leaves((sampled, prompt_logprobs)):
             array.copy_to_host_async()
-        return RunningStep(batch, sampled, prompt_logprobs)
+        return RunningStep(batch, bucket.tokens, sampled, prompt_logprobs)
 
     def bucket_for(self, batch: Batch) -> Bucket:
         """The smallest compiled shape that holds the batch."""

@@ -44,6 +44,7 @@ def alone(prompt: list[int], max_tokens: int, windows: SequenceOf[int | None], s
 @dataclasses.dataclass
 class Done:
     tokens: np.ndarray
+    bucket_tokens: int
 
     def read(self) -> StepResult:
         return StepResult(self.tokens, None, {})
@@ -90,7 +91,7 @@ class SimulatedRunner:
             seed = int(s["seeds"][r, 0]) | int(s["seeds"][r, 1]) << 32 if s["temperature"][r] else None
             sampled[r] = next_token(visible, int(length), seed)
             self.newest[s["slots"][r]] = sampled[r]
-        return Done(sampled)
+        return Done(sampled, bucket.tokens)
 
 
 def make_engine(

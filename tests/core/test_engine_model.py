@@ -77,6 +77,7 @@ def test_a_crowd_with_few_pages_gets_the_texts_it_would_get_alone(model: str) ->
     crowded = engine(model, num_pages=14 if model == "llama" else 10)
     assert tokens(run(crowded, requests)) == alone
     assert crowded.stats().preemptions > 0
+    assert crowded.stats().padded_tokens >= crowded.stats().step_tokens > 0
     assert tokens(run(engine(model, enable_prefix_caching=False), requests)) == alone
 
 
