@@ -101,9 +101,11 @@ class BlockTables:
                 table[seq.slot, : len(pages)] = pages
                 table[seq.slot, len(pages) :] = 0
         for row in batch.rows:
-            first = row.start // self.page_size
-            for table, pages in zip(self._tables, row.seq.tables, strict=True):
-                table[row.slot, first : len(pages)] = pages[first:]
+            if row.seq.table_changed:
+                first = row.start // self.page_size
+                for table, pages in zip(self._tables, row.seq.tables, strict=True):
+                    table[row.slot, first : len(pages)] = pages[first:]
+                row.seq.table_changed = False
 
     def fill(self, v: dict[str, np.ndarray], slots: np.ndarray, row_of: np.ndarray, positions: np.ndarray) -> None:
         """Block tables of the rows and write slots of the tokens; row_of [tokens]: index into `slots` of each token."""

@@ -119,6 +119,7 @@ class KVCacheManager:
                 table[i] = page
             table.extend(pool.allocate() for _ in range(end - len(table)))
         seq.reserved = end * self.page_size
+        seq.table_changed = True
         return True
 
     def register(self, seq: Sequence) -> None:

@@ -42,6 +42,7 @@ class Sequence:
     status: Status = Status.WAITING
     tables: list[list[int]] = dataclasses.field(default_factory=list)
     page_hashes: list[bytes] = dataclasses.field(default_factory=list)
+    table_changed: bool = False  # since the device's copy of the tables was last brought up to date
     reserved: int = 0  # positions below this have pages that only this sequence writes
     registered: int = 0  # leading full pages offered to the prefix cache
     prefill_target: int = 0  # known tokens at admission: a prefill (or recompute) lasts up to here
@@ -71,7 +72,8 @@ class Sequence:
     @property
     def uncomputed(self) -> int:
         """Tokens a step could compute now: none once the last one allowed is sampled."""
-        return 0 if self.known >= self.max_total else self.known - self.computed
+        known = len(self.tokens) + self.pending
+        return 0 if known >= self.max_total else known - self.computed
 
     def seconds(self) -> float:
         """Since arrival."""
