@@ -92,12 +92,12 @@ class SequenceTimer:
         if count := len(output.token_ids):
             if self._last is None:
                 metrics._first_token.observe(now - self._arrival)
+                if output.timings is not None:  # also of the last output, where the queue is counted already
+                    metrics._queued.observe(output.timings.queued)
             else:
                 for _ in range(count):  # tokens that came together share the time they took
                     metrics._inter_token.observe((now - self._last) / count)
             self._last = now
-        if output.timings is not None:
-            metrics._queued.observe(output.timings.queued)
 
     def end(self, reason: str, now: float) -> None:
         self._metrics._end_to_end.observe(now - self._arrival)

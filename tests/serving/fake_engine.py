@@ -169,7 +169,7 @@ class FakeEngine:
             output.finish_reason = "stop"
         elif sequence.generated == params.max_tokens or len(prompt) + sequence.generated == WINDOW:
             output.finish_reason = "length"
-        if output.finish_reason is not None:
+        if sequence.generated == 1 or output.finish_reason is not None:
             taken = time.monotonic() - sequence.arrived
             output.timings = Timings(queued=0.0, first_token=taken, finished=taken)
         return output

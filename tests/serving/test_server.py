@@ -84,6 +84,7 @@ def test_metrics(server: LiveServer) -> None:
     assert grew("pjengine_time_to_first_token_seconds_count") == 3
     assert 18 + 5 <= grew("pjengine_inter_token_latency_seconds_count") < 100
     assert grew("pjengine_request_latency_seconds_count") == 3
+    assert grew("pjengine_request_queue_seconds_count") == 3
     assert 0 < grew("pjengine_time_to_first_token_seconds_sum") <= grew("pjengine_request_latency_seconds_sum")
     assert grew('pjengine_requests_finished_total{finish_reason="length"}') == 2
     assert grew('pjengine_requests_finished_total{finish_reason="stop"}') == 1
