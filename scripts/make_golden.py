@@ -10,7 +10,7 @@ model.safetensors, bfloat16). Only outputs are kept of the two real models. Noth
 
 golden.safetensors of
 - a random decoder: `tokens` int32 [T] of ragged sequences with borders `starts` int32 [R + 1]; `logits` [T, vocab];
-- the random BERT: `tokens`, `starts`, `token_types` int32 [T]; `hidden` [T, hidden_size];
+- a random encoder: `tokens`, `starts`, `hidden` [T, hidden_size]; of BERT also `token_types` int32 [T];
 - SmolLM2: `tokens`, `starts` of 8 chat prompts, each with its greedy continuation of 64 tokens, end-of-text ignored;
   `prompt_lens` [8]. Of the logits [8, 64, vocab] that chose the continuations, too big to keep whole: a fixed random
   subset of the vocabulary, `columns` [512] and `logits` [8, 64, 512]; `logsumexp` [8, 64]; the highest two, `top_ids`
@@ -42,6 +42,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    XLMRobertaConfig,
 )
 
 SHAPE: dict[str, Any] = {
@@ -67,6 +69,13 @@ TIED_LLAMA: dict[str, Any] = {
     "mlp_bias": True,
     "num_key_value_heads": 1,
 }
+ROBERTA: dict[str, Any] = {
+    **SHAPE,
+    "max_position_embeddings": 258,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "layer_norm_eps": 1e-5,
+}
 QWEN2_WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 
 # Grouped, multi-query and multi-head attention; scaled rotary; windows on all layers and on some: each in one of them.
@@ -77,7 +86,10 @@ RANDOM_MODELS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=4, head_dim=32),
     "mistral": MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8),
     "bert": BertConfig(**SHAPE),
+    "roberta": RobertaConfig(**ROBERTA),
+    "xlm-roberta": XLMRobertaConfig(**{**ROBERTA, "num_attention_heads": 8}),
 }
+ENCODERS = ("bert", "roberta", "xlm-roberta")
 LENGTHS = (1, 7, 40, 19, 64)
 
 CHATS = (
@@ -132,8 +144,10 @@ TEXTS = (
 def write_random_model(config: PreTrainedConfig, folder: Path) -> None:
     """One checkpoint with weights that make every part of the model matter, and its float32 outputs."""
     config.dtype = "bfloat16"
-    config.pad_token_id = None if config.model_type != "bert" else 0
-    architecture = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
+    encoder = config.model_type in ENCODERS
+    if not encoder:
+        config.pad_token_id = None
+    architecture = AutoModel if encoder else AutoModelForCausalLM
     model = architecture.from_config(config)
     randomise(model)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -141,7 +155,8 @@ def write_random_model(config: PreTrainedConfig, folder: Path) -> None:
 
     # Read back: the cast above also rounded the rotary frequencies.
     model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = [torch.randint(config.vocab_size, (length,)) for length in LENGTHS]
+    first = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # it gives padding no position
+    tokens = [torch.randint(first, config.vocab_size, (length,)) for length in LENGTHS]
     golden = {"tokens": torch.cat(tokens).int(), "starts": borders(tokens)}
     if config.model_type == "bert":
         types = [torch.arange(length) * 2 // length for length in LENGTHS]
@@ -149,6 +164,8 @@ def write_random_model(config: PreTrainedConfig, folder: Path) -> None:
             model(t[None], token_type_ids=s[None]).last_hidden_state[0] for t, s in zip(tokens, types, strict=True)
         ]
         golden |= {"token_types": torch.cat(types).int(), "hidden": torch.cat(outputs)}
+    elif encoder:
+        golden |= {"hidden": torch.cat([model(t[None]).last_hidden_state[0] for t in tokens])}
     else:
         golden |= {"logits": torch.cat([model(t[None]).logits[0] for t in tokens])}
     save_file(golden, folder / "golden.safetensors")

@@ -1,127 +1,19 @@
-"""BERT encoders (arXiv:1810.04805): MiniLM, BGE and other sentence embedders."""
+"""BERT encoders (arXiv:1810.04805): MiniLM, BGE, E5 and other sentence embedders."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from typing import Any, Self
+from typing import Self
 
-import jax
+from pjengine.models.encoder import EncoderConfig, cache_specs, forward, param_specs
+from pjengine.models.hf_config import HFConfig
 
-from pjengine.models.hf_config import HFConfig, allow, head_dim, required
-from pjengine.models.layers import gelu, layer_norm, linear, split_heads
-from pjengine.models.params import ParamSpec, linear_specs
-from pjengine.pallas_kernels import packed_attention
-from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
+__all__ = ["Config", "cache_specs", "forward", "param_specs"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Shape of an encoder; static under jit.
-
-    Attributes:
-      max_position_embeddings: rows of the position table: no sequence can be longer, tokens.
-      type_vocab_size: rows of the token type (segment) table.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_position_embeddings: int
-    num_heads: int
-    mlp_size: int
-    type_vocab_size: int
-    layer_norm_eps: float
+class Config(EncoderConfig):
+    """The post-norm encoder with learned positions from 0 and token types."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Self:
         """Reads config.json; ModelError names a field that cannot be honoured."""
-        allow(hf, "hidden_act", "gelu")
-        allow(hf, "position_embedding_type", None, "absolute")
-        allow(hf, "is_decoder", False)
-        allow(hf, "quantization_config", None)
-        head_dim(hf)  # refuses heads that do not divide hidden_size
-        return cls(
-            vocab_size=int(required(hf, "vocab_size")),
-            hidden_size=int(required(hf, "hidden_size")),
-            num_layers=int(required(hf, "num_hidden_layers")),
-            max_position_embeddings=int(required(hf, "max_position_embeddings")),
-            num_heads=int(required(hf, "num_attention_heads")),
-            mlp_size=int(required(hf, "intermediate_size")),
-            type_vocab_size=int(hf.get("type_vocab_size", 2)),
-            layer_norm_eps=float(hf.get("layer_norm_eps", 1e-12)),
-        )
-
-
-def param_specs(config: Config) -> dict[str, Any]:
-    """Weights by name: three embedding tables, their norm, layers[i]. The pooler's are not read."""
-    hidden = config.hidden_size
-
-    def table(rows: int, axis: str | None, name: str) -> ParamSpec:
-        return ParamSpec((rows, hidden), (axis, "embed"), (f"embeddings.{name}_embeddings.weight",))
-
-    return {
-        "embed": table(config.vocab_size, "vocab", "word"),
-        "position_embed": table(config.max_position_embeddings, None, "position"),
-        "type_embed": table(config.type_vocab_size, None, "token_type"),
-        **_norm_specs("embed_norm", "embeddings.LayerNorm", hidden),
-        "layers": [_layer_specs(config, f"encoder.layer.{i}") for i in range(config.num_layers)],
-    }
-
-
-def _layer_specs(config: Config, prefix: str) -> dict[str, ParamSpec]:
-    hidden, mlp = ("embed", config.hidden_size), ("mlp", config.mlp_size)
-    heads, qkv = ("heads", config.hidden_size), ("qkv", 3 * config.hidden_size)
-    projections = [f"{prefix}.attention.self.{module}" for module in ("query", "key", "value")]
-    return {
-        **linear_specs("qkv", hidden, qkv, projections, bias=True),
-        **linear_specs("o", heads, hidden, [f"{prefix}.attention.output.dense"], bias=True),
-        **_norm_specs("attn_norm", f"{prefix}.attention.output.LayerNorm", config.hidden_size),
-        **linear_specs("up", hidden, mlp, [f"{prefix}.intermediate.dense"], bias=True),
-        **linear_specs("down", mlp, hidden, [f"{prefix}.output.dense"], bias=True),
-        **_norm_specs("mlp_norm", f"{prefix}.output.LayerNorm", config.hidden_size),
-    }
-
-
-def _norm_specs(name: str, source: str, size: int) -> dict[str, ParamSpec]:
-    return {
-        name: ParamSpec((size,), (None,), (f"{source}.weight",), init="ones"),
-        f"{name}_bias": ParamSpec((size,), (None,), (f"{source}.bias",), init="zeros"),
-    }
-
-
-def cache_specs(config: Config) -> tuple[CacheSpec, ...]:
-    """Empty: an encoder sees whole sequences and keeps nothing."""
-    return ()
-
-
-def forward(
-    params: dict[str, Any], inputs: StepInputs, cache: KVCache | None, config: Config
-) -> tuple[jax.Array, KVCache | None]:
-    """Hidden states [T, hidden_size] of packed whole sequences; `pooling.pool` makes embeddings of them.
-
-    Args:
-      params: arrays in the tree of `param_specs`; their dtype is the dtype of the computation.
-      inputs: T tokens of R rows, each row a whole sequence.
-      cache: passed through; encoders have none.
-    """
-    types = params["type_embed"][0] if inputs.token_types is None else params["type_embed"][inputs.token_types]
-    x = params["embed"][inputs.token_ids] + params["position_embed"][inputs.positions] + types
-    x = _norm(x, params, "embed_norm", config)
-    for layer in params["layers"]:
-        x = _layer(layer, x, inputs, config)
-    return x, cache
-
-
-# Compiled as part of its caller; the jit makes one trace serve all layers.
-@functools.partial(jax.jit, static_argnames="config")
-def _layer(layer: dict[str, jax.Array], x: jax.Array, inputs: StepInputs, config: Config) -> jax.Array:
-    q, k, v = split_heads(linear(x, layer["qkv"], layer["qkv_bias"]), config.num_heads, config.num_heads)
-    attended = packed_attention(q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, backend=inputs.backend)
-    x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer["o_bias"]), layer, "attn_norm", config)
-    up = gelu(linear(x, layer["up"], layer["up_bias"]))
-    return _norm(x + linear(up, layer["down"], layer["down_bias"]), layer, "mlp_norm", config)
-
-
-def _norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: Config) -> jax.Array:
-    return layer_norm(x, params[name], params[f"{name}_bias"], config.layer_norm_eps)
+        return cls.read(hf)

@@ -26,8 +26,10 @@ READ_THREADS = 8
 _READ_AHEAD = READ_THREADS  # parameters in host memory at once
 # Tensors of which no parameter is made: computed tables, and heads that embeddings do not use.
 _HARMLESS = re.compile(
-    r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)|(bert\.)?pooler\.dense\.\w+|cls\..*"
+    r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)"
+    r"|((bert|roberta)\.)?pooler\.dense\.\w+|cls\..*|lm_head\.(bias|(dense|layer_norm|decoder)\.\w+)"
 )
+_ENCODER_PREFIXES = ("bert.", "roberta.")
 _TIED = "lm_head.weight"
 
 
@@ -156,7 +158,7 @@ def _stored_names(shapes: Mapping[str, Any], names: list[str]) -> dict[str, str]
     for spelling in (
         {name: name for name in names},
         {name: name.removeprefix("model.") for name in names},
-        {name: f"bert.{name}" for name in names},
+        *({name: f"{prefix}{name}" for name in names} for prefix in _ENCODER_PREFIXES),
     ):
         if shapes.keys() >= set(spelling.values()):
             return spelling

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pjengine.errors import ModelError
-from pjengine.models import bert, llama, mistral, qwen2, qwen3
+from pjengine.models import bert, llama, mistral, qwen2, qwen3, roberta
 from pjengine.models.rope import LinearScaling, Llama3Scaling, Rope
 from pjengine.step_inputs import cache_groups
 
@@ -157,6 +157,13 @@ def test_mistral_window(fields: dict[str, Any], window: int | None) -> None:
 BERT = {**BASE, "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12}
 
 
+def test_roberta_counts_positions_from_behind_the_padding_token() -> None:
+    config = roberta.Config.from_hf(BERT | {"max_position_embeddings": 514})
+    assert (config.position_offset, config.max_position_embeddings) == (2, 512)
+    assert roberta.param_specs(config)["position_embed"].shape == (514, 64)
+    assert roberta.Config.from_hf(BERT | {"pad_token_id": 0}).position_offset == 1
+
+
 @pytest.mark.parametrize(
     ("module", "fields", "message"),
     [
@@ -182,10 +189,12 @@ BERT = {**BASE, "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e
         (bert, {"position_embedding_type": "relative_key"}, "position_embedding_type: expected None or 'absolute'"),
         (bert, {"is_decoder": True}, "is_decoder: expected False"),
         (bert, {"num_attention_heads": 5}, "hidden_size: 64 .* num_attention_heads 5"),
+        (roberta, {"hidden_act": "gelu_new"}, "hidden_act: expected 'gelu'"),
+        (roberta, {"pad_token_id": None}, "pad_token_id: missing"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(module: Any, fields: dict[str, Any], message: str) -> None:
-    base = BERT if module is bert else BASE
+    base = BERT if module in (bert, roberta) else BASE
     module.Config.from_hf(base)
     with pytest.raises(ModelError, match=message):
         module.Config.from_hf(base | fields)

@@ -19,9 +19,11 @@ from pjengine.step_inputs import KVCache, StepInputs, packed_inputs
 from tests.helpers import GOLDEN, PagedSequences, load_golden, relative_error, split_rows
 
 DECODERS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
+ENCODERS = ("bert", "roberta", "xlm-roberta")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
+every_encoder = pytest.mark.parametrize("name", ENCODERS)
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -95,11 +97,13 @@ def test_donated_cache_is_written_in_place(name: str) -> None:
 
 
 @every_dtype
-def test_bert(dtype: str) -> None:
-    golden, _ = load_golden("bert")
-    model, params, config = loaded("bert", dtype)
+@every_encoder
+def test_encoder(name: str, dtype: str) -> None:
+    golden, _ = load_golden(name)
+    model, params, config = loaded(name, dtype)
     inputs = packed_inputs(split_rows(golden["tokens"], golden["starts"]))
-    inputs = dataclasses.replace(inputs, token_types=jnp.asarray(golden["token_types"]))
+    if "token_types" in golden:
+        inputs = dataclasses.replace(inputs, token_types=jnp.asarray(golden["token_types"]))
     hidden, _ = jax.jit(model.forward, static_argnames="config")(params, inputs, None, config=config)
     assert hidden.dtype == dtype
     assert relative_error(hidden.astype(jnp.float32), golden["hidden"]) < TOLERANCE[dtype]

@@ -17,6 +17,7 @@ from pjengine.errors import ConfigError, ModelError
 from pjengine.models import llama, load
 from pjengine.models.loading import checkpoint_dtype, choose_dtype, load_source, model_of
 from pjengine.models.params import is_spec
+from pjengine.models.safetensors_files import SafetensorsFiles
 from pjengine.models.sources import resolve
 from pjengine.step_inputs import packed_inputs
 from tests.helpers import GOLDEN, load_golden
@@ -48,7 +49,7 @@ def test_shards_load_as_one_file_does(tmp_path: Path) -> None:
     assert_equal_trees(load(str(write_directory(tmp_path / "shards", shards=3)))[1], whole)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "bert"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "bert", "xlm-roberta"])
 def test_golden_checkpoints(name: str) -> None:
     """Every architecture's checkpoint as transformers writes it: no tensor is missing or left over."""
     load_golden(name)
@@ -124,6 +125,18 @@ def test_base_model_saved_without_its_head(tmp_path: Path) -> None:
     bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     with_prefix = load(str(write_directory(tmp_path / "a", tensors, tied)))[1]
     assert_equal_trees(load(str(write_directory(tmp_path / "b", bare, tied)))[1], with_prefix)
+
+
+@pytest.mark.parametrize(("name", "head"), [("bert", "cls.predictions.bias"), ("roberta", "lm_head.dense.weight")])
+def test_encoder_saved_with_its_head(tmp_path: Path, name: str, head: str) -> None:
+    reader = SafetensorsFiles(GOLDEN / name)
+    tensors = {f"{name}.{key}": reader.read(key).astype(np.float32) for key in reader.shapes}
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    write_directory(tmp_path, {**tensors, head: np.zeros(64, np.float32)}, config)
+    assert_equal_trees(load(str(tmp_path), dtype="float32")[1], load(str(GOLDEN / name), dtype="float32")[1])
+    write_directory(tmp_path, {**tensors, "classifier.weight": np.zeros((1, 64), np.float32)}, config)
+    with pytest.raises(ModelError, match=r"unknown tensors: classifier\.weight"):
+        load(str(tmp_path))
 
 
 def test_dtype_that_cannot_be_read(tmp_path: Path) -> None:
