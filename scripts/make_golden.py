@@ -36,6 +36,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    DistilBertConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -76,6 +77,14 @@ ROBERTA: dict[str, Any] = {
     "pad_token_id": 1,
     "layer_norm_eps": 1e-5,
 }
+DISTILBERT: dict[str, Any] = {
+    "vocab_size": 256,
+    "dim": 64,
+    "hidden_dim": 160,
+    "n_layers": 3,
+    "n_heads": 4,
+    "max_position_embeddings": 256,
+}
 QWEN2_WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 
 # Grouped, multi-query and multi-head attention; scaled rotary; windows on all layers and on some: each in one of them.
@@ -88,8 +97,9 @@ RANDOM_MODELS: dict[str, PreTrainedConfig] = {
     "bert": BertConfig(**SHAPE),
     "roberta": RobertaConfig(**ROBERTA),
     "xlm-roberta": XLMRobertaConfig(**{**ROBERTA, "num_attention_heads": 8}),
+    "distilbert": DistilBertConfig(**DISTILBERT),
 }
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta")
 LENGTHS = (1, 7, 40, 19, 64)
 
 CHATS = (

@@ -28,8 +28,9 @@ _READ_AHEAD = READ_THREADS  # parameters in host memory at once
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)"
     r"|((bert|roberta)\.)?pooler\.dense\.\w+|cls\..*|lm_head\.(bias|(dense|layer_norm|decoder)\.\w+)"
+    r"|vocab_(transform|layer_norm|projector)\.\w+"
 )
-_ENCODER_PREFIXES = ("bert.", "roberta.")
+_ENCODER_PREFIXES = ("bert.", "roberta.", "distilbert.")
 _TIED = "lm_head.weight"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pjengine.errors import ModelError
-from pjengine.models import bert, llama, mistral, qwen2, qwen3, roberta
+from pjengine.models import bert, distilbert, llama, mistral, qwen2, qwen3, roberta
 from pjengine.models.rope import LinearScaling, Llama3Scaling, Rope
 from pjengine.step_inputs import cache_groups
 
@@ -157,6 +157,18 @@ def test_mistral_window(fields: dict[str, Any], window: int | None) -> None:
 BERT = {**BASE, "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12}
 
 
+DISTILBERT = {
+    "model_type": "distilbert",
+    "activation": "gelu",
+    "vocab_size": 256,
+    "dim": 64,
+    "hidden_dim": 160,
+    "n_layers": 4,
+    "n_heads": 4,
+    "max_position_embeddings": 1024,
+}
+
+
 def test_roberta_counts_positions_from_behind_the_padding_token() -> None:
     config = roberta.Config.from_hf(BERT | {"max_position_embeddings": 514})
     assert (config.position_offset, config.max_position_embeddings) == (2, 512)
@@ -191,10 +203,13 @@ def test_roberta_counts_positions_from_behind_the_padding_token() -> None:
         (bert, {"num_attention_heads": 5}, "hidden_size: 64 .* num_attention_heads 5"),
         (roberta, {"hidden_act": "gelu_new"}, "hidden_act: expected 'gelu'"),
         (roberta, {"pad_token_id": None}, "pad_token_id: missing"),
+        (distilbert, {"activation": "relu"}, "activation: expected 'gelu'"),
+        (distilbert, {"n_heads": 5}, "dim: 64 .* n_heads 5"),
+        (distilbert, {"hidden_dim": None}, "hidden_dim: missing from the config of this distilbert model"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(module: Any, fields: dict[str, Any], message: str) -> None:
-    base = BERT if module in (bert, roberta) else BASE
+    base = {bert: BERT, roberta: BERT, distilbert: DISTILBERT}.get(module, BASE)
     module.Config.from_hf(base)
     with pytest.raises(ModelError, match=message):
         module.Config.from_hf(base | fields)
