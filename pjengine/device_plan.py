@@ -17,7 +17,7 @@ from pjengine.errors import ConfigError, OutOfMemory
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_budget, limits_of, window_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, plan_memory
-from pjengine.models.loading import choose_dtype, model_of
+from pjengine.models.loading import choose_dtype, embeds, model_of, weight_specs
 from pjengine.models.params import ParamSpec, is_spec
 from pjengine.models.sources import resolve
 from pjengine.sampler import init_state
@@ -43,9 +43,9 @@ class DevicePlan:
     """A model on one device, or on one of `tensor_parallel` equal ones.
 
     Attributes:
-      memory: bytes of each use. For an encoder the pages are none.
+      memory: bytes of each use. For an embedder the pages are none.
       dtype: of weights and cache.
-      limits: of the engine; None for an encoder.
+      limits: of the engine; None for an embedder.
       kv_bytes_per_token: over all layers.
       kv_tokens: tokens that the cache holds.
       longest: the longest sequence that fits and the model allows, tokens.
@@ -79,11 +79,11 @@ def plan_device(config: EngineConfig, memory: float, tensor_parallel: int = 1) -
     module, model = model_of(source)
     dtype = choose_dtype(source, config.dtype, platform="gpu")
     shards = Shards(tensor_parallel, model)
-    leaves = jax.tree.leaves(module.param_specs(model), is_leaf=is_spec)
+    leaves = jax.tree.leaves(weight_specs(source, module, model), is_leaf=is_spec)
     weights = sum(shards.weight_bytes(spec, dtype) for spec in leaves)
     budget = int(memory * GIB * config.gpu_memory_utilization)
-    if not hasattr(module, "logits"):
-        return _encoder_plan(config, model, dtype, shards, budget, weights)
+    if embeds(source, module):
+        return _embedder_plan(config, model, dtype, shards, budget, weights)
     return _decoder_plan(config, module, model, dtype, shards, budget, weights)
 
 
@@ -169,7 +169,7 @@ def _decoder_plan(
     )
 
 
-def _encoder_plan(
+def _embedder_plan(
     config: EngineConfig, model: Any, dtype: Any, shards: Shards, budget: int, weights: int
 ) -> DevicePlan:
     window = window_of(config, model.max_position_embeddings)

@@ -34,7 +34,7 @@ class Runner(Protocol):
 
 
 class EmbeddingEngine:
-    """The face of `Engine`, for encoders. Not thread-safe: one thread calls it.
+    """The face of `Engine`, for models that embed. Not thread-safe: one thread calls it.
 
     Batches form by token count. While one runs, the next is packed and dispatched, so a step returns the vectors of
     the one before.

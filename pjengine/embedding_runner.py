@@ -1,4 +1,4 @@
-"""Runs packed batches of whole sequences through an encoder and pools them: one executable per bucket."""
+"""Runs packed batches of whole sequences through a model and pools them: one executable per bucket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunningBatch:
 
 
 class EmbeddingRunner:
-    """An encoder with its pooling, compiled for token buckets up to a budget."""
+    """A model with its pooling, compiled for token buckets up to a budget."""
 
     def __init__(
         self,

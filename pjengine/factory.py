@@ -24,7 +24,7 @@ from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_budget, limits_of, window_of
 from pjengine.memory_plan import RESERVE, MemoryPlan, plan_memory
 from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
-from pjengine.models.loading import choose_dtype, load_source, model_of
+from pjengine.models.loading import choose_dtype, embeds, load_source, model_of
 from pjengine.models.sources import Source, resolve
 from pjengine.pallas_kernels import describe_backends
 from pjengine.sampler import init_state
@@ -66,7 +66,7 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
     seconds = time.monotonic() - started
     # A record's attribute `phase` names what has ended, for those who time the start-up.
     logger.info("loaded %s as %s in %.1f s", config.model, dtype, seconds, extra={"phase": "weights"})
-    make = _make_generator if hasattr(module, "logits") else _make_embedder
+    make = _make_embedder if embeds(source, module) else _make_generator
     engine = make(config, model, progress)
     logger.info("ready in %.1f s: %s", time.monotonic() - started, engine.info, extra={"phase": "cache and tables"})
     return engine

@@ -10,7 +10,7 @@ model.safetensors, bfloat16). Only outputs are kept of the two real models. Noth
 
 golden.safetensors of
 - a random decoder: `tokens` int32 [T] of ragged sequences with borders `starts` int32 [R + 1]; `logits` [T, vocab];
-- a random encoder: `tokens`, `starts`, `hidden` [T, hidden_size]; of BERT also `token_types` int32 [T];
+- a random embedder: `tokens`, `starts`, `hidden` [T, hidden_size]; of BERT also `token_types` int32 [T];
 - SmolLM2: `tokens`, `starts` of 8 chat prompts, each with its greedy continuation of 64 tokens, end-of-text ignored;
   `prompt_lens` [8]. Of the logits [8, 64, vocab] that chose the continuations, too big to keep whole: a fixed random
   subset of the vocabulary, `columns` [512] and `logits` [8, 64, 512]; `logsumexp` [8, 64]; the highest two, `top_ids`
@@ -25,6 +25,7 @@ import argparse
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,20 @@ DISTILBERT: dict[str, Any] = {
 QWEN2_WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 
 # Grouped, multi-query and multi-head attention; scaled rotary; windows on all layers and on some: each in one of them.
-RANDOM_MODELS: dict[str, PreTrainedConfig] = {
+RANDOM_GENERATORS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
     "llama-tied": LlamaConfig(**SHAPE, **TIED_LLAMA, rope_parameters=LINEAR_ROPE),
     "qwen2": Qwen2Config(**SHAPE, **QWEN2_WINDOWS, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=4, head_dim=32),
     "mistral": MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8),
+}
+RANDOM_EMBEDDERS: dict[str, PreTrainedConfig] = {
     "bert": BertConfig(**SHAPE),
     "roberta": RobertaConfig(**ROBERTA),
     "xlm-roberta": XLMRobertaConfig(**{**ROBERTA, "num_attention_heads": 8}),
     "distilbert": DistilBertConfig(**DISTILBERT),
+    "qwen3-embedding": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
 }
-ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta")
 LENGTHS = (1, 7, 40, 19, 64)
 
 CHATS = (
@@ -151,13 +154,13 @@ TEXTS = (
 )
 
 
-def write_random_model(config: PreTrainedConfig, folder: Path) -> None:
+def write_random_model(
+    config: PreTrainedConfig, architecture: type[AutoModel | AutoModelForCausalLM], folder: Path
+) -> None:
     """One checkpoint with weights that make every part of the model matter, and its float32 outputs."""
     config.dtype = "bfloat16"
-    encoder = config.model_type in ENCODERS
-    if not encoder:
+    if architecture is AutoModelForCausalLM:
         config.pad_token_id = None
-    architecture = AutoModel if encoder else AutoModelForCausalLM
     model = architecture.from_config(config)
     randomise(model)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -174,7 +177,7 @@ def write_random_model(config: PreTrainedConfig, folder: Path) -> None:
             model(t[None], token_type_ids=s[None]).last_hidden_state[0] for t, s in zip(tokens, types, strict=True)
         ]
         golden |= {"token_types": torch.cat(types).int(), "hidden": torch.cat(outputs)}
-    elif encoder:
+    elif architecture is AutoModel:
         golden |= {"hidden": torch.cat([model(t[None]).last_hidden_state[0] for t in tokens])}
     else:
         golden |= {"logits": torch.cat([model(t[None]).logits[0] for t in tokens])}
@@ -243,7 +246,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
 
-    writers = {name: functools.partial(write_random_model, config) for name, config in RANDOM_MODELS.items()}
+    writers: dict[str, Callable[[Path], None]] = {}
+    for architecture, configs in ((AutoModelForCausalLM, RANDOM_GENERATORS), (AutoModel, RANDOM_EMBEDDERS)):
+        for name, config in configs.items():
+            writers[name] = functools.partial(write_random_model, config, architecture)
     if arguments.smollm2:
         writers["smollm2-135m-instruct"] = functools.partial(write_smollm2, arguments.smollm2)
     if arguments.minilm:

@@ -31,7 +31,7 @@ _HARMLESS = re.compile(
     r"|vocab_(transform|layer_norm|projector)\.\w+"
 )
 _ENCODER_PREFIXES = ("bert.", "roberta.", "distilbert.")
-_TIED = "lm_head.weight"
+_HEAD = "lm_head.weight"
 
 
 def load(name: str, *, dtype: str = "auto", load_format: str = "auto", seed: int = 0) -> tuple[ModuleType, Any, Any]:
@@ -42,7 +42,7 @@ def load(name: str, *, dtype: str = "auto", load_format: str = "auto", seed: int
       dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator, float32 on a CPU.
       load_format: as `sources.resolve` takes it; "dummy" draws random weights on the device.
       seed: of random weights.
-    Returns: (model module, parameters as in its `param_specs`, its config).
+    Returns: (model module, parameters as in its `weight_specs`, its config).
     Raises:
       ModelError: the model cannot be found, understood or read.
       ConfigError: an unknown dtype.
@@ -99,11 +99,11 @@ def load_source(
       dtype: of every parameter whose spec does not fix its own.
       seed: of random weights (a "dummy" source).
       shardings: tree of jax.sharding.Sharding like `param_specs`; None: all on the default device.
-    Returns: the tree of `module.param_specs(config)` with arrays for specs.
+    Returns: the tree of `weight_specs` with arrays for specs.
     Raises:
       ModelError: a tensor is missing, of another shape, unknown, or cannot be read.
     """
-    specs = module.param_specs(config)
+    specs = weight_specs(source, module, config)
     if source.kind == "dummy":
         params = init_params(specs, dtype, seed)
         return params if shardings is None else jax.device_put(params, shardings)
@@ -114,12 +114,23 @@ def load_source(
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     reader = open_tensors(source)
-    plan = _plan(reader, leaves, tied=bool(source.config.get("tie_word_embeddings")))
+    plan = _plan(reader, leaves, headless="lm_head" not in specs)
     arrays = [
         _assemble(parts, spec.transpose, jnp.dtype(spec.dtype or dtype), place)
         for spec, place, parts in zip(leaves, places, _read_ahead(reader, plan), strict=True)
     ]
     return jax.tree.unflatten(treedef, arrays)
+
+
+def embeds(source: Source, module: ModuleType) -> bool:
+    """Whether the model makes vectors of texts: sentence-transformers files say so, or it has no logits."""
+    return source.pooling is not None or not hasattr(module, "logits")
+
+
+def weight_specs(source: Source, module: ModuleType, config: Any) -> dict[str, Any]:
+    """`module.param_specs`; of a decoder that embeds without the lm_head, which its checkpoint may lack."""
+    specs = module.param_specs(config)
+    return {name: spec for name, spec in specs.items() if name != "lm_head"} if embeds(source, module) else specs
 
 
 def open_tensors(source: Source) -> TensorReader:
@@ -133,7 +144,7 @@ def open_tensors(source: Source) -> TensorReader:
     return SafetensorsFiles(source.path)
 
 
-def _plan(reader: TensorReader, specs: list[ParamSpec], tied: bool) -> list[list[str]]:
+def _plan(reader: TensorReader, specs: list[ParamSpec], headless: bool) -> list[list[str]]:
     """The stored tensors of each parameter; ModelError where checkpoint and parameters do not match one to one."""
     stored = _stored_names(reader.shapes, [name for spec in specs for name in spec.sources])
     missing = [name for name in stored if stored[name] not in reader.shapes]
@@ -144,7 +155,7 @@ def _plan(reader: TensorReader, specs: list[ParamSpec], tied: bool) -> list[list
     unknown = sorted(
         name
         for name in reader.shapes.keys() - stored.values()
-        if not (_HARMLESS.fullmatch(name) or (tied and name == _TIED))
+        if not (_HARMLESS.fullmatch(name) or (headless and name == _HEAD))
     )
     if unknown:
         raise ModelError(f"{reader.where}: unknown tensors: {_some(unknown)}; config.json may be another model's")

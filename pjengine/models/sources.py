@@ -170,15 +170,26 @@ def _pooling(path: Path) -> Pooling | None:
     config = _json_object(file)
     if config is None:
         raise ModelError(f"{file}: missing, but modules.json lists a Pooling module; fetch the model again")
+    limits = _json_object(path / kinds.get("Transformer", "") / "sentence_bert_config.json") or {}
+    return Pooling(
+        _pooling_mode(file, config), normalize="Normalize" in kinds, max_seq_length=limits.get("max_seq_length")
+    )
+
+
+def _pooling_mode(file: Path, config: Mapping[str, Any]) -> str:
+    """Pooling.mode: sentence-transformers 6 names it in `pooling_mode`, older ones set one of several fields."""
+    if "pooling_mode" in config:
+        if config["pooling_mode"] not in ("mean", "cls", "lasttoken"):
+            raise ModelError(
+                f"{file}: pooling_mode: expected 'mean', 'cls' or 'lasttoken', got {config['pooling_mode']!r}"
+            )
+        return config["pooling_mode"].removesuffix("token")
     modes = [field for field, value in config.items() if field.startswith("pooling_mode_") and value]
     if len(modes) != 1 or modes[0] not in _POOLING_MODES:
         raise ModelError(
             f"{file}: expected exactly one of {', '.join(_POOLING_MODES)} to be set, got {modes or 'none'}"
         )
-    limits = _json_object(path / kinds.get("Transformer", "") / "sentence_bert_config.json") or {}
-    return Pooling(
-        _POOLING_MODES[modes[0]], normalize="Normalize" in kinds, max_seq_length=limits.get("max_seq_length")
-    )
+    return _POOLING_MODES[modes[0]]
 
 
 def _check_token_ids(path: Path, file: str, config: Mapping[str, Any]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +77,35 @@ def test_embeddings_of_a_bare_encoder() -> None:
         assert one.embedding.dtype == np.float32
         np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-5)
         assert np.linalg.norm(one.embedding) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def qwen3_embedding(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A sentence-transformers directory around a decoder; untied, its checkpoint lacks the lm_head that it declares."""
+    shutil.copyfile(GOLDEN / "qwen3-embedding" / "model.safetensors", tmp_path / "model.safetensors")
+    config = json.loads((GOLDEN / "qwen3-embedding" / "config.json").read_text())
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (tmp_path / "1_Pooling").mkdir()
+    for name, content in {
+        "config.json": {**config, "tie_word_embeddings": request.param},
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": 64, "pooling_mode_lasttoken": True},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_decoder_with_sentence_transformers_files_embeds(qwen3_embedding: Path) -> None:
+    golden, _ = load_golden("qwen3-embedding")
+    last = golden["hidden"][golden["starts"][1:] - 1]
+    expected = last / np.linalg.norm(last, axis=-1, keepdims=True)
+    rows = split_rows(golden["tokens"], golden["starts"])
+    with LLM(str(qwen3_embedding), dtype="float32", max_num_batched_tokens=256) as llm:
+        vectors = np.stack([result.embedding for result in llm.embed(rows, use_tqdm=False)])
+        with pytest.raises(ConfigError, match="cannot generate; use embed"):
+            llm.generate(rows, use_tqdm=False)
+    assert relative_error(vectors, expected) < 1e-4
 
 
 @pytest.mark.real

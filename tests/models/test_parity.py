@@ -19,11 +19,11 @@ from pjengine.step_inputs import KVCache, StepInputs, packed_inputs
 from tests.helpers import GOLDEN, PagedSequences, load_golden, relative_error, split_rows
 
 DECODERS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
-ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta")
+EMBEDDERS = ("bert", "distilbert", "qwen3-embedding", "roberta", "xlm-roberta")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
-every_encoder = pytest.mark.parametrize("name", ENCODERS)
+every_embedder = pytest.mark.parametrize("name", EMBEDDERS)
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -97,8 +97,8 @@ def test_donated_cache_is_written_in_place(name: str) -> None:
 
 
 @every_dtype
-@every_encoder
-def test_encoder(name: str, dtype: str) -> None:
+@every_embedder
+def test_embedder(name: str, dtype: str) -> None:
     golden, _ = load_golden(name)
     model, params, config = loaded(name, dtype)
     inputs = packed_inputs(split_rows(golden["tokens"], golden["starts"]))

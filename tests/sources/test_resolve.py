@@ -21,7 +21,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def sentence_transformer(path: Path, **pooling: bool) -> Path:
+def sentence_transformer(path: Path, **pooling: Any) -> Path:
     write_directory(path)
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": where} for kind, where in kinds.items()]
@@ -61,6 +61,22 @@ def test_gguf_file(tmp_path: Path) -> None:
 def test_sentence_transformers_directory(tmp_path: Path) -> None:
     path = sentence_transformer(tmp_path, pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
     assert resolve(str(path)).pooling == Pooling("mean", normalize=True, max_seq_length=100)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("mean", "mean"), ("cls", "cls"), ("lasttoken", "last")])
+def test_pooling_mode_by_name(tmp_path: Path, name: str, mode: str) -> None:
+    """As sentence-transformers 6 writes it."""
+    pooling = resolve(str(sentence_transformer(tmp_path, pooling_mode=name))).pooling
+    assert pooling is not None
+    assert pooling.mode == mode
+
+
+@pytest.mark.parametrize("name", ["max", ["cls", "mean"], None])
+def test_named_pooling_that_cannot_be_honoured(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(
+        ModelError, match=r"1_Pooling.config\.json: pooling_mode: expected 'mean', 'cls' or 'lasttoken'"
+    ):
+        resolve(str(sentence_transformer(tmp_path, pooling_mode=name)))
 
 
 @pytest.mark.parametrize(
