@@ -40,6 +40,7 @@ from transformers import (
     DistilBertConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -86,6 +87,14 @@ DISTILBERT: dict[str, Any] = {
     "n_heads": 4,
     "max_position_embeddings": 256,
 }
+MODERNBERT: dict[str, Any] = {
+    "local_attention": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 QWEN2_WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 
 # Grouped, multi-query and multi-head attention; scaled rotary; windows on all layers and on some: each in one of them.
@@ -101,6 +110,7 @@ RANDOM_EMBEDDERS: dict[str, PreTrainedConfig] = {
     "roberta": RobertaConfig(**ROBERTA),
     "xlm-roberta": XLMRobertaConfig(**{**ROBERTA, "num_attention_heads": 8}),
     "distilbert": DistilBertConfig(**DISTILBERT),
+    "modernbert": ModernBertConfig(**SHAPE, **MODERNBERT),
     "qwen3-embedding": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
 }
 LENGTHS = (1, 7, 40, 19, 64)

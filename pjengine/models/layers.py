@@ -32,18 +32,25 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
     """Layer norm (arXiv:1607.06450) over the last axis, in float32; x's dtype out."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    y = y * weight.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """silu(gate) * up (arXiv:2002.05202) of gate and up side by side: [T, 2 * mlp] to [T, mlp]."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def geglu(gate_up: jax.Array) -> jax.Array:
+    """gelu(gate) * up (arXiv:2002.05202), by erf, of gate and up side by side: [T, 2 * mlp] to [T, mlp]."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.gelu(gate, approximate=False) * up).astype(gate_up.dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:

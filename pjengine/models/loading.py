@@ -28,7 +28,7 @@ _READ_AHEAD = READ_THREADS  # parameters in host memory at once
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)"
     r"|((bert|roberta)\.)?pooler\.dense\.\w+|cls\..*|lm_head\.(bias|(dense|layer_norm|decoder)\.\w+)"
-    r"|vocab_(transform|layer_norm|projector)\.\w+"
+    r"|vocab_(transform|layer_norm|projector)\.\w+|head\.(dense|norm)\.\w+|decoder\.(weight|bias)"
 )
 _ENCODER_PREFIXES = ("bert.", "roberta.", "distilbert.")
 _HEAD = "lm_head.weight"

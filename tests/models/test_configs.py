@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pjengine.errors import ModelError
-from pjengine.models import bert, distilbert, llama, mistral, qwen2, qwen3, roberta
+from pjengine.models import bert, distilbert, llama, mistral, modernbert, qwen2, qwen3, roberta
 from pjengine.models.rope import LinearScaling, Llama3Scaling, Rope
 from pjengine.step_inputs import cache_groups
 
@@ -176,6 +176,41 @@ def test_roberta_counts_positions_from_behind_the_padding_token() -> None:
     assert roberta.Config.from_hf(BERT | {"pad_token_id": 0}).position_offset == 1
 
 
+MODERNBERT = {field: value for field, value in BASE.items() if field != "hidden_act"}
+MODERNBERT |= {"model_type": "modernbert", "hidden_activation": "gelu"}
+KINDS = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"global_attn_every_n_layers": 2, "global_rope_theta": 5e5, "local_rope_theta": 1e3},
+        {
+            "layer_types": KINDS,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ],
+)
+def test_modernbert_of_every_spelling(spelling: dict[str, Any]) -> None:
+    config = modernbert.Config.from_hf(MODERNBERT | spelling | {"local_attention": 8})
+    assert config.windows == (None, 5, None, 5)  # a local layer sees four tokens on each side
+    assert (config.global_rope, config.local_rope) == (Rope(16, 5e5), Rope(16, 1e3))
+
+
+@pytest.mark.parametrize("fields", [{}, {"rope_parameters": {}}, {"rope_parameters": {"full_attention": None}}])
+def test_modernbert_defaults(fields: dict[str, Any]) -> None:
+    config = modernbert.Config.from_hf(MODERNBERT | fields)
+    assert config.windows == (None, 65, 65, None)
+    assert (config.global_rope, config.local_rope) == (Rope(16, 160000.0), Rope(16, 10000.0))
+
+
+def test_modernbert_local_layers_without_a_theta_of_their_own() -> None:
+    assert modernbert.Config.from_hf(MODERNBERT | {"local_rope_theta": None}).local_rope == Rope(16, 160000.0)
+
+
 @pytest.mark.parametrize(
     ("module", "fields", "message"),
     [
@@ -203,13 +238,18 @@ def test_roberta_counts_positions_from_behind_the_padding_token() -> None:
         (bert, {"num_attention_heads": 5}, "hidden_size: 64 .* num_attention_heads 5"),
         (roberta, {"hidden_act": "gelu_new"}, "hidden_act: expected 'gelu'"),
         (roberta, {"pad_token_id": None}, "pad_token_id: missing"),
+        (modernbert, {"norm_bias": True}, "norm_bias: expected False"),
+        (modernbert, {"hidden_activation": "silu"}, "hidden_activation: expected 'gelu'"),
+        (modernbert, {"layer_types": ["full_attention"]}, "layer_types: expected one for each of 4 layers, got 1"),
+        (modernbert, {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters: expected a set for each of full_att"),
+        (modernbert, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected None"),
         (distilbert, {"activation": "relu"}, "activation: expected 'gelu'"),
         (distilbert, {"n_heads": 5}, "dim: 64 .* n_heads 5"),
         (distilbert, {"hidden_dim": None}, "hidden_dim: missing from the config of this distilbert model"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(module: Any, fields: dict[str, Any], message: str) -> None:
-    base = {bert: BERT, roberta: BERT, distilbert: DISTILBERT}.get(module, BASE)
+    base = {bert: BERT, roberta: BERT, distilbert: DISTILBERT, modernbert: MODERNBERT}.get(module, BASE)
     module.Config.from_hf(base)
     with pytest.raises(ModelError, match=message):
         module.Config.from_hf(base | fields)

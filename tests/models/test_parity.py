@@ -19,7 +19,7 @@ from pjengine.step_inputs import KVCache, StepInputs, packed_inputs
 from tests.helpers import GOLDEN, PagedSequences, load_golden, relative_error, split_rows
 
 DECODERS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
-EMBEDDERS = ("bert", "distilbert", "qwen3-embedding", "roberta", "xlm-roberta")
+EMBEDDERS = ("bert", "distilbert", "modernbert", "qwen3-embedding", "roberta", "xlm-roberta")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)

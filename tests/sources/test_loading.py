@@ -128,16 +128,18 @@ def test_base_model_saved_without_its_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "head"),
+    ("name", "prefix", "head"),
     [
-        ("bert", "cls.predictions.bias"),
-        ("roberta", "lm_head.dense.weight"),
-        ("distilbert", "vocab_transform.weight"),
+        ("bert", "bert", "cls.predictions.bias"),
+        ("roberta", "roberta", "lm_head.dense.weight"),
+        ("xlm-roberta", "roberta", "lm_head.bias"),
+        ("distilbert", "distilbert", "vocab_transform.weight"),
+        ("modernbert", "model", "head.dense.weight"),
     ],
 )
-def test_encoder_saved_with_its_head(tmp_path: Path, name: str, head: str) -> None:
+def test_encoder_saved_with_its_head(tmp_path: Path, name: str, prefix: str, head: str) -> None:
     reader = SafetensorsFiles(GOLDEN / name)
-    tensors = {f"{name}.{key}": reader.read(key).astype(np.float32) for key in reader.shapes}
+    tensors = {f"{prefix}.{key}": reader.read(key).astype(np.float32) for key in reader.shapes}
     config = json.loads((GOLDEN / name / "config.json").read_text())
     write_directory(tmp_path, {**tensors, head: np.zeros(64, np.float32)}, config)
     assert_equal_trees(load(str(tmp_path), dtype="float32")[1], load(str(GOLDEN / name), dtype="float32")[1])

@@ -1,0 +1,164 @@
+"""ModernBERT encoders (arXiv:2412.13663): gte-modernbert, nomic's modernbert-embed and other sentence embedders."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+
+from pjengine.errors import ModelError
+from pjengine.models.hf_config import HFConfig, allow, head_dim, layer_windows, required
+from pjengine.models.layers import geglu, layer_norm, linear, split_heads
+from pjengine.models.params import ParamSpec, linear_specs
+from pjengine.models.rope import Rope
+from pjengine.pallas_kernels import apply_rope, packed_attention
+from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
+
+_GLOBAL_THETA, _LOCAL_THETA = 160000.0, 10000.0  # where config.json is silent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shape of an encoder; static under jit.
+
+    Attributes:
+      max_position_embeddings: longest sequence the model was made for, tokens.
+      windows: per layer: a token at position p sees (p - window, p + window); None: all (a global layer).
+      global_rope, local_rope: rotary embedding of the global layers and of those with a window.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position_embeddings: int
+    num_heads: int
+    mlp_size: int
+    norm_eps: float
+    windows: tuple[int | None, ...]
+    global_rope: Rope
+    local_rope: Rope
+
+    @classmethod
+    def from_hf(cls, hf: HFConfig) -> Self:
+        """Reads config.json; ModelError names a field that cannot be honoured."""
+        allow(hf, "hidden_activation", "gelu")
+        for bias in ("attention_bias", "mlp_bias", "norm_bias"):
+            allow(hf, bias, False)
+        allow(hf, "quantization_config", None)
+        global_rope, local_rope = _ropes(hf)
+        return cls(
+            vocab_size=int(required(hf, "vocab_size")),
+            hidden_size=int(required(hf, "hidden_size")),
+            num_layers=int(required(hf, "num_hidden_layers")),
+            max_position_embeddings=int(required(hf, "max_position_embeddings")),
+            num_heads=int(required(hf, "num_attention_heads")),
+            mlp_size=int(required(hf, "intermediate_size")),
+            norm_eps=float(hf.get("norm_eps", 1e-5)),
+            windows=_windows(hf),
+            global_rope=global_rope,
+            local_rope=local_rope,
+        )
+
+
+def _windows(hf: HFConfig) -> tuple[int | None, ...]:
+    """`local_attention` counts both sides: a token sees half of it before and half after itself."""
+    kinds = hf.get("layer_types")
+    if kinds is None:  # before transformers 5
+        every = int(hf.get("global_attn_every_n_layers", 3))
+        layers = range(int(required(hf, "num_hidden_layers")))
+        kinds = ["sliding_attention" if i % every else "full_attention" for i in layers]
+    window = int(hf.get("local_attention", 128)) // 2 + 1
+    return layer_windows({**hf, "layer_types": kinds, "use_sliding_window": True, "sliding_window": window})
+
+
+def _ropes(hf: HFConfig) -> tuple[Rope, Rope]:
+    """Of global and of local layers: `rope_parameters` per layer type (transformers 5), or two thetas (before)."""
+    allow(hf, "rope_scaling", None)
+    size, parameters = head_dim(hf), hf.get("rope_parameters")
+    if parameters is None:
+        theta = float(hf.get("global_rope_theta", _GLOBAL_THETA))
+        return Rope(size, theta), Rope(size, float(hf.get("local_rope_theta", _LOCAL_THETA) or theta))
+    kinds = {"full_attention": _GLOBAL_THETA, "sliding_attention": _LOCAL_THETA}
+    if not parameters.keys() <= kinds.keys():
+        raise ModelError(f"rope_parameters: expected a set for each of {', '.join(kinds)}, got {sorted(parameters)}")
+    global_rope, local_rope = (
+        Rope.from_hf({**hf, "rope_parameters": {"rope_theta": theta, **(parameters.get(kind) or {})}}, size)
+        for kind, theta in kinds.items()
+    )
+    return global_rope, local_rope
+
+
+def param_specs(config: Config) -> dict[str, Any]:
+    """Weights by name: embed, its norm, layers[i], norm."""
+    return {
+        "embed": ParamSpec(
+            (config.vocab_size, config.hidden_size), ("vocab", "embed"), ("model.embeddings.tok_embeddings.weight",)
+        ),
+        "embed_norm": _norm_spec(config, "model.embeddings.norm"),
+        "layers": [_layer_specs(config, i) for i in range(config.num_layers)],
+        "norm": _norm_spec(config, "model.final_norm"),
+    }
+
+
+def _layer_specs(config: Config, layer: int) -> dict[str, ParamSpec]:
+    prefix, hidden, heads = f"model.layers.{layer}", ("embed", config.hidden_size), ("heads", config.hidden_size)
+    qkv, mlp, gate_up = ("qkv", 3 * config.hidden_size), ("mlp", config.mlp_size), ("gate_up", 2 * config.mlp_size)
+    specs = {
+        **linear_specs("qkv", hidden, qkv, [f"{prefix}.attn.Wqkv"], bias=False),
+        **linear_specs("o", heads, hidden, [f"{prefix}.attn.Wo"], bias=False),
+        "mlp_norm": _norm_spec(config, f"{prefix}.mlp_norm"),
+        **linear_specs("gate_up", hidden, gate_up, [f"{prefix}.mlp.Wi"], bias=False),
+        **linear_specs("down", mlp, hidden, [f"{prefix}.mlp.Wo"], bias=False),
+    }
+    if layer:  # the first reads the embeddings, which are normalised already
+        specs["attn_norm"] = _norm_spec(config, f"{prefix}.attn_norm")
+    return specs
+
+
+def _norm_spec(config: Config, module: str) -> ParamSpec:
+    return ParamSpec((config.hidden_size,), (None,), (f"{module}.weight",), init="ones")
+
+
+def cache_specs(config: Config) -> tuple[CacheSpec, ...]:
+    """Empty: an encoder sees whole sequences and keeps nothing."""
+    return ()
+
+
+def forward(
+    params: dict[str, Any], inputs: StepInputs, cache: KVCache | None, config: Config
+) -> tuple[jax.Array, KVCache | None]:
+    """Hidden states [T, hidden_size] of packed whole sequences; `pooling.pool` makes embeddings of them.
+
+    Args:
+      params: arrays in the tree of `param_specs`; their dtype is the dtype of the computation.
+      inputs: T tokens of R rows, each row a whole sequence.
+      cache: passed through; encoders have none.
+    """
+    global_rotation, local_rotation = (r.cos_sin(inputs.positions) for r in (config.global_rope, config.local_rope))
+    x = layer_norm(params["embed"][inputs.token_ids], params["embed_norm"], None, config.norm_eps)
+    for layer, window in zip(params["layers"], config.windows, strict=True):
+        x = _layer(layer, x, local_rotation if window else global_rotation, inputs, config, window)
+    return layer_norm(x, params["norm"], None, config.norm_eps), cache
+
+
+# Compiled as part of its caller; the jit makes one trace serve all layers of a kind.
+@functools.partial(jax.jit, static_argnames=("config", "window"))
+def _layer(
+    layer: dict[str, jax.Array],
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    inputs: StepInputs,
+    config: Config,
+    window: int | None,
+) -> jax.Array:
+    y = layer_norm(x, layer["attn_norm"], None, config.norm_eps) if "attn_norm" in layer else x
+    q, k, v = split_heads(linear(y, layer["qkv"]), config.num_heads, config.num_heads)
+    q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
+    attended = packed_attention(
+        q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, window=window, backend=inputs.backend
+    )
+    x = x + linear(attended.reshape(x.shape), layer["o"])
+    gate_up = linear(layer_norm(x, layer["mlp_norm"], None, config.norm_eps), layer["gate_up"])
+    return x + linear(geglu(gate_up), layer["down"])
