@@ -6,6 +6,7 @@ Lane semantics throughout: every layout in the kernels is explicit, none is infe
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -52,6 +53,12 @@ def tile(value: float, columns: int, rows: int = TILE_ROWS) -> jax.Array:
 def tile_iota(shape: tuple[int, int], dimension: int) -> jax.Array:
     """int32 iota in the wgmma accumulator layout."""
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
+
+
+def load_whole(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """All of a reference, in registers. JAX 0.10 wants an index that later versions warn about."""
+    takes_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *([()] if takes_index else []), layout=layout, optimized=optimized)
 
 
 def load_rows(ref: Any) -> jax.Array:

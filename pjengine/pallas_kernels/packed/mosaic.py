@@ -29,7 +29,15 @@ from pjengine.pallas_kernels.flash import (
     ring_scratch,
     take_turn,
 )
-from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS, launch, store_rows, tile_iota, tiled_smem
+from pjengine.pallas_kernels.mosaic_common import (
+    HOPPER_SMS,
+    TILE_ROWS,
+    launch,
+    load_whole,
+    store_rows,
+    tile_iota,
+    tiled_smem,
+)
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 SHARED_BYTES_FOR_RING = 128 * 1024
@@ -223,8 +231,7 @@ def _packed_kernel(
             token = item.tile * TILE + wg * TILE_ROWS
             vector = plgpu.Layout.WGMMA.reduce(1)
             begin, end = (
-                plgpu.load(ranges_ref.at[i, pl.ds(token, TILE_ROWS)], (), layout=vector, optimized=False)
-                for i in range(2)
+                load_whole(ranges_ref.at[i, pl.ds(token, TILE_ROWS)], vector, optimized=False) for i in range(2)
             )
             plgpu.barrier_wait(q_full.at[q_slot])
 

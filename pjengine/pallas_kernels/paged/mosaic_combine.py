@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.mosaic_common import MASKED, store_prefix
+from pjengine.pallas_kernels.mosaic_common import MASKED, load_whole, store_prefix
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 UNROLL = 8  # pieces whose loads are in flight together
@@ -71,7 +71,7 @@ def combine_kernel(
             workers = [first + chunk * UNROLL + i for i in range(UNROLL)]
             places = [jnp.minimum(w, last) * 2 + (w == first).astype(jnp.int32) for w in workers]
             # All loads come first: they are what takes time here.
-            pieces = [plgpu.load(partial_ref.at[place], (), layout=layout) for place in places]
+            pieces = [load_whole(partial_ref.at[place], layout) for place in places]
             lses = [[lse_ref[place, g] for g in range(spec.group)] for place in places]
             lses = [[jnp.where(w <= last, x, MASKED) for x in lse] for w, lse in zip(workers, lses, strict=True)]
             new_tops = [functools.reduce(jnp.maximum, column) for column in zip(tops, *lses, strict=True)]
