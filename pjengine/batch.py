@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,8 @@ import numpy as np
 
 from pjengine.scheduler import Batch
 from pjengine.step_inputs import StepInputs
+
+NOWHERE = 1 << 30  # a slot past every table: writes to it are dropped
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -46,6 +47,9 @@ class Layout:
         """The buffer's shape and type, for compilation ahead of time."""
         return jax.ShapeDtypeStruct((self.size,), jnp.int32)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return next(shape for field, shape, _ in self.fields if field == name)
+
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """Writable host views of the fields."""
         return {name: buffer[at:end].view(dtype).reshape(shape) for name, shape, dtype, at, end in self._spans()}
@@ -69,108 +73,117 @@ def _aligned(count: int) -> int:
     return -(-count // 64) * 64
 
 
-def forward_layout(bucket: Bucket, groups: int, max_pages: int) -> Layout:
+def forward_layout(bucket: Bucket, groups: int, page_size: int) -> Layout:
     tokens, rows = bucket.tokens, bucket.rows
-    fields: list[tuple[str, tuple[int, ...], str]] = [
-        ("token_ids", (tokens,), "int32"),
-        ("positions", (tokens,), "int32"),
-        ("query_starts", (rows + 1,), "int32"),
-        ("kv_lens", (rows,), "int32"),
-        ("pending_slots", (rows,), "int32"),  # slot whose newest token is the row's last token; -1: it is in token_ids
-    ]
-    for g in range(groups):
-        fields += [(f"write_slots_{g}", (tokens,), "int32"), (f"block_tables_{g}", (rows, max_pages), "int32")]
-    return Layout(tuple(fields))
+    # A row's chunk touches the page it begins in, those it fills and the one it ends in.
+    changes = rows if bucket.decode else 2 * rows + tokens // page_size
+    return Layout(
+        (
+            ("token_ids", (tokens,), "int32"),
+            ("query_starts", (rows + 1,), "int32"),
+            ("kv_lens", (rows,), "int32"),
+            ("slots", (rows,), "int32"),
+            ("pending", (rows,), "int32"),  # 1: the row's last token is its slot's newest, not in token_ids
+            *((f"changes_{g}", (changes, 3), "int32") for g in range(groups)),
+        )
+    )
 
 
-class BlockTables:
-    """The block tables of all slots on the host: [slots, max_pages] per group, kept up to date step by step.
-
-    A running sequence's table changes only from the page of its first computed token on, so only that part is copied;
-    pages that a window has left keep their old entry, which the mask hides.
+def table_changes(batch: Batch, groups: int) -> list[np.ndarray]:
+    """What a step must write to the device's block tables before it runs: per group int32 [changes, 3] of (slot, index
+    in the slot's table, page).
     """
-
-    def __init__(self, groups: int, slots: int, max_pages: int, page_size: int):
-        self.page_size = page_size
-        self.max_pages = max_pages
-        self._tables = [np.zeros((slots, max_pages), np.int32) for _ in range(groups)]
-
-    def update(self, batch: Batch) -> None:
-        for seq in batch.admitted:
-            for table, pages in zip(self._tables, seq.tables, strict=True):
-                table[seq.slot, : len(pages)] = pages
-                table[seq.slot, len(pages) :] = 0
-        for row in batch.rows:
-            if row.seq.table_changed:
-                first = row.start // self.page_size
-                for table, pages in zip(self._tables, row.seq.tables, strict=True):
-                    table[row.slot, first : len(pages)] = pages[first:]
-                row.seq.table_changed = False
-
-    def fill(self, v: dict[str, np.ndarray], slots: np.ndarray, row_of: np.ndarray, positions: np.ndarray) -> None:
-        """Block tables of the rows and write slots of the tokens; row_of [tokens]: index into `slots` of each token."""
-        for g, table in enumerate(self._tables):
-            v[f"block_tables_{g}"][: len(slots)] = table[slots]
-            pages = table[slots[row_of], positions // self.page_size]
-            v[f"write_slots_{g}"][: len(positions)] = pages * self.page_size + positions % self.page_size
-            v[f"write_slots_{g}"][len(positions) :] = -1
+    found = []
+    for g in range(groups):
+        slots: list[int] = []
+        indices: list[int] = []
+        pages: list[int] = []
+        for seq, first in batch.grown:
+            table = seq.tables[g]
+            count = len(table) - first
+            slots += [seq.slot if seq.slot is not None else NOWHERE] * count
+            indices += range(first, first + count)
+            pages += table[first:]
+        found.append(np.array([slots, indices, pages], np.int32).T)
+    return found
 
 
-class RowArrays(NamedTuple):
-    """A batch's rows as columns, int32 [rows] each; see `Row`."""
+def fill_forward(batch: Batch, bucket: Bucket, layout: Layout, changes: list[np.ndarray], slots: int) -> np.ndarray:
+    """The packed buffer of a step's forward pass. A fresh one each step: the device may still read the last one.
 
-    slots: np.ndarray
-    starts: np.ndarray
-    counts: np.ndarray
-    pending: np.ndarray
-    samples: np.ndarray
-
-    @classmethod
-    def of(cls, batch: Batch) -> RowArrays:
-        return cls(*np.array([row[1:] for row in batch.rows], np.int32).T)
-
-
-def fill_forward(batch: Batch, rows: RowArrays, bucket: Bucket, layout: Layout, tables: BlockTables) -> np.ndarray:
-    """The packed buffer of a step's forward pass. A fresh one each step: the device may still read the last one."""
+    Args:
+      changes: as `table_changes`, per group at most as many as the layout has room for.
+      slots: how many there are; the one after the last is scratch.
+    """
     buffer = np.zeros(layout.size, np.int32)
     v = layout.views(buffer)
-    n, total = len(batch.rows), int(rows.counts.sum())
+    n, total = len(batch), batch.num_tokens
     query_starts = v["query_starts"]
-    np.cumsum(rows.counts, out=query_starts[1 : n + 1])
+    np.cumsum(batch.counts, out=query_starts[1 : n + 1])
     query_starts[n + 1 :] = np.arange(n + 1, bucket.rows + 1) if bucket.decode else total
-    v["kv_lens"][:n] = rows.starts + rows.counts
-    v["pending_slots"][:] = -1
-    v["pending_slots"][:n] = np.where(rows.pending, rows.slots, -1)
-    row_of = np.repeat(np.arange(n), rows.counts)
-    positions = rows.starts[row_of] + np.arange(total) - query_starts[row_of]
-    v["positions"][:total] = positions
-    tables.update(batch)
-    tables.fill(v, rows.slots, row_of, positions)
+    v["kv_lens"][:n] = batch.starts + batch.counts
+    v["slots"][:n] = batch.slots
+    v["slots"][n:] = slots
+    v["pending"][:n] = batch.pending
+    for g, found in enumerate(changes):
+        v[f"changes_{g}"][: len(found)] = found
+        v[f"changes_{g}"][len(found) :] = NOWHERE
+    known = batch.counts - batch.pending
     token_ids = v["token_ids"]
-    known_counts = rows.counts - rows.pending
-    for r in np.flatnonzero(known_counts).tolist():
-        seq, _, start, *_ = batch.rows[r]
-        at, known = query_starts[r], known_counts[r]
-        token_ids[at : at + known] = seq.tokens[start : start + known]
+    for r in np.flatnonzero(known).tolist():
+        at, start, count = query_starts[r], batch.starts[r], known[r]
+        token_ids[at : at + count] = batch.seqs[r].tokens[start : start + count]
     return buffer
 
 
+def init_tables(groups: int, slots: int, max_pages: int) -> tuple[jax.Array, ...]:
+    """The block tables of all slots on the device, per group int32 [slots + 1, max_pages]; the last slot is scratch.
+
+    Entries past a sequence's pages are stale: valid pages that nobody reads.
+    """
+    return tuple(jnp.zeros((slots + 1, max_pages), jnp.int32) for _ in range(groups))
+
+
+def write_tables(tables: tuple[jax.Array, ...], changes: list[jax.Array]) -> tuple[jax.Array, ...]:
+    """The tables with int32 [changes, 3] of (slot, index, page) written; slot NOWHERE: nothing."""
+    return tuple(t.at[c[:, 0], c[:, 1]].set(c[:, 2], mode="drop") for t, c in zip(tables, changes, strict=True))
+
+
 def unpack_forward(
-    packed: jax.Array, tail: jax.Array, bucket: Bucket, layout: Layout, groups: int, backend: str
-) -> StepInputs:
-    """StepInputs under jit; tokens the host does not know yet come from `tail`."""
+    packed: jax.Array,
+    tail: jax.Array,
+    tables: tuple[jax.Array, ...],
+    bucket: Bucket,
+    layout: Layout,
+    page_size: int,
+    backend: str,
+) -> tuple[StepInputs, tuple[jax.Array, ...]]:
+    """StepInputs under jit, and the block tables with the step's changes; tokens the host does not know yet come from
+    `tail`.
+    """
     v = layout.unpack(packed)
-    pending = v["pending_slots"]
-    last = jnp.maximum(v["query_starts"][1:] - 1, 0)
-    at = jnp.where(pending >= 0, last, bucket.tokens)
-    token_ids = v["token_ids"].at[at].set(tail[jnp.maximum(pending, 0), -1], mode="drop")
-    return StepInputs(
-        token_ids=token_ids,
-        positions=v["positions"],
-        query_starts=v["query_starts"],
-        kv_lens=v["kv_lens"],
-        write_slots=tuple(v[f"write_slots_{g}"] for g in range(groups)),
-        block_tables=tuple(v[f"block_tables_{g}"] for g in range(groups)),
+    tables = write_tables(tables, [v[f"changes_{g}"] for g in range(len(tables))])
+    starts, kv_lens, slots = v["query_starts"], v["kv_lens"], v["slots"]
+    token = jnp.arange(bucket.tokens)
+    if bucket.decode:
+        rows, valid = token, kv_lens > 0
+    else:
+        rows = jnp.searchsorted(starts[1:], token, side="right", method="compare_all")
+        rows, valid = jnp.minimum(rows, bucket.rows - 1), rows < bucket.rows
+    positions = jnp.where(valid, kv_lens[rows] - starts[rows + 1] + token, 0)
+    last = jnp.where(v["pending"] == 1, starts[1:] - 1, bucket.tokens)
+    write_slots = []
+    for table in tables:
+        pages = table[slots[rows], positions // page_size]
+        write_slots.append(jnp.where(valid, pages * page_size + positions % page_size, -1))
+    inputs = StepInputs(
+        token_ids=v["token_ids"].at[last].set(tail[slots, -1], mode="drop"),
+        positions=positions,
+        query_starts=starts,
+        kv_lens=kv_lens,
+        write_slots=tuple(write_slots),
+        block_tables=tuple(table[slots] for table in tables),
         decode=bucket.decode,
         backend=backend,
     )
+    return inputs, tables

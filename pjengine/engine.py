@@ -60,6 +60,7 @@ class Engine:
         self.runner = runner
         self.max_waiting = max_waiting
         self._eos = frozenset(info.eos_token_ids)
+        self._eos_array = np.array(info.eos_token_ids, np.int32)
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._arrivals = itertools.count()
         self._seeds = random.Random(seed)
@@ -175,24 +176,26 @@ class Engine:
 
     def _update(self, batch: Batch, step: Step) -> list[Output]:
         result = step.read()
-        tokens = result.tokens.tolist()
+        for r, found in result.prompt_logprobs.items():
+            _collect_prompt_logprobs(batch.row(r), found)
+        rows = np.flatnonzero(batch.samples)
+        # All others gain one token and nothing else.
+        special = batch.watched | np.isin(result.tokens, self._eos_array)
         outputs = []
-        for r, row in enumerate(batch.rows):
-            seq = row.seq
-            if r in result.prompt_logprobs:
-                _collect_prompt_logprobs(seq, row, result.prompt_logprobs[r])
-            if not row.samples:
-                continue
-            seq.pending -= 1
+        for r, token, careful in zip(rows.tolist(), result.tokens[rows].tolist(), special[rows].tolist(), strict=True):
+            seq = batch.seqs[r]
             if seq.status is Status.FINISHED:
                 continue  # aborted, or past its stop
-            logprobs = result.logprobs[r] if result.logprobs else None
-            outputs.append(self._append(seq, tokens[r], logprobs))
+            if careful:
+                outputs.append(self._append(seq, token, result.logprobs[r] if result.logprobs else None))
+            else:
+                seq.tokens.append(token)
+                outputs.append(Output(request_id=seq.request.request_id, index=seq.index, token_ids=[token]))
+        self._generated += len(outputs)
         return outputs
 
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
         seq.tokens.append(token)
-        self._generated += 1
         output = Output(request_id=seq.request.request_id, index=seq.index, token_ids=[token])
         if logprobs is not None and seq.params.logprobs is not None:
             output.logprobs = [TokenLogprobs(logprobs.token, logprobs.rank, logprobs.top[: seq.params.logprobs])]
@@ -220,8 +223,9 @@ class Engine:
         return ("length", None) if len(seq.tokens) >= seq.max_total else (None, None)
 
 
-def _collect_prompt_logprobs(seq: Sequence, row: Row, found: list[TokenLogprobs]) -> None:
+def _collect_prompt_logprobs(row: Row, found: list[TokenLogprobs]) -> None:
     """Position p predicts token p + 1. A recomputed position says the same again."""
+    seq = row.seq
     if seq.prompt_logprobs is None:
         seq.prompt_logprobs = [None] * seq.prompt_len
     k = seq.params.prompt_logprobs

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjengine.batch import Bucket, forward_layout
+from pjengine.batch import Bucket, forward_layout, init_tables
 from pjengine.config import EngineConfig
 from pjengine.device_cache import cache_shapes, page_bytes
 from pjengine.embedding_engine import EmbeddingEngine
@@ -210,10 +210,11 @@ def _temporaries(model: _Model, specs: tuple[CacheSpec, ...], shape: RunnerShape
     """Bytes the largest step needs beside its arguments: read off its executable, compiled with few pages."""
     bucket: Bucket = max(shape.buckets, key=lambda b: b.tokens)
     cache = cache_shapes(specs, (2 * shape.max_pages,) * shape.groups, shape.page_size, model.dtype)
-    layout = forward_layout(bucket, shape.groups, shape.max_pages)
+    layout = forward_layout(bucket, shape.groups, shape.page_size)
+    tables = jax.eval_shape(lambda: init_tables(shape.groups, shape.slots, shape.max_pages))
     tail = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size)).tail
     forward = forward_function(model.module, model.config, shape)
-    analysis = forward.lower(model.params, cache, tail, layout.abstract, bucket).compile().memory_analysis()
+    analysis = forward.lower(model.params, cache, tables, tail, layout.abstract, bucket).compile().memory_analysis()
     aliased = analysis.alias_size_in_bytes
     # Two steps overlap: the outputs of one are alive while the next runs.
     return analysis.temp_size_in_bytes + 2 * max(0, analysis.output_size_in_bytes - aliased)

@@ -57,12 +57,15 @@ class KVCacheManager:
 
     # -- a sequence's life -------------------------------------------------------------------------------------------
 
-    def admit(self, seq: Sequence) -> None:
-        """Empty tables, or those of the longest cached prefix of its known tokens (at least one is left to compute)."""
+    def admit(self, seq: Sequence) -> int:
+        """Empty tables, or those of the longest cached prefix of its tokens (at least one is left to compute).
+
+        Returns: tokens of that prefix.
+        """
         seq.tables = [[] for _ in self.groups]
-        seq.computed = seq.registered = seq.reserved = 0
+        seq.registered = 0
         if not self.prefix_caching or seq.params.prompt_logprobs is not None:
-            return
+            return 0
         hashes = self._hashes(seq)[: (len(seq.tokens) - 1) // self.page_size]
         length = self._longest_prefix(hashes)
         for table, group, pool in zip(seq.tables, self.groups, self.pools, strict=True):
@@ -73,8 +76,8 @@ class KVCacheManager:
                 if page != NULL_PAGE:
                     pool.retain(page)
                 table.append(page)
-        seq.computed = length * self.page_size
         seq.registered = length
+        return length * self.page_size
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Shares the pages of the parent's prompt; the child computes only the prompt's last token again. False if the
@@ -90,20 +93,16 @@ class KVCacheManager:
             for page in table:
                 if page != NULL_PAGE:
                     pool.retain(page)
-        parent.reserved = 0  # what it writes next may be shared now
         child.tables = tables
-        child.computed = computed
         child.page_hashes = parent.page_hashes[: computed // self.page_size]
         child.registered = len(child.page_hashes)
         return True
 
-    def reserve(self, seq: Sequence, upto: int) -> bool:
+    def reserve(self, seq: Sequence, computed: int, upto: int) -> bool:
         """Pages of its own for positions [computed, upto), in every group or in none. False: not enough are free."""
-        if upto <= seq.reserved:
-            return True
         for group, pool, table in zip(self.groups, self.pools, seq.tables, strict=True):
-            self._trim(group, pool, table, seq.computed)
-        first, end = seq.computed // self.page_size, self.pages_for(upto)
+            self._trim(group, pool, table, computed)
+        first, end = computed // self.page_size, self.pages_for(upto)
         shared = [
             [i for i in range(first, min(end, len(table))) if not pool.writable(table[i])]
             for pool, table in zip(self.pools, seq.tables, strict=True)
@@ -118,15 +117,13 @@ class KVCacheManager:
                 pool.release(table[i])
                 table[i] = page
             table.extend(pool.allocate() for _ in range(end - len(table)))
-        seq.reserved = end * self.page_size
-        seq.table_changed = True
         return True
 
-    def register(self, seq: Sequence) -> None:
+    def register(self, seq: Sequence, computed: int) -> None:
         """Offers pages that are full, computed and of known tokens to the prefix cache."""
         if not self.prefix_caching:
             return
-        full = min(seq.computed, len(seq.tokens)) // self.page_size
+        full = min(computed, len(seq.tokens)) // self.page_size
         if full <= seq.registered:
             return
         hashes = self._hashes(seq)
@@ -143,7 +140,7 @@ class KVCacheManager:
                 if page != NULL_PAGE:
                     pool.release(page)
         seq.tables = []
-        seq.computed = seq.registered = seq.reserved = 0
+        seq.registered = 0
 
     def take_copies(self) -> list[PageCopy]:
         copies, self.copies = self.copies, []

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjengine.batch import BlockTables, Bucket, RowArrays, fill_forward, forward_layout, unpack_forward
+from pjengine.batch import (
+    NOWHERE,
+    Bucket,
+    fill_forward,
+    forward_layout,
+    init_tables,
+    table_changes,
+    unpack_forward,
+    write_tables,
+)
 from pjengine.device_cache import copy_pages, make_cache
 from pjengine.engine import StepResult
 from pjengine.executables import ExecutableStore, compile_all
@@ -34,6 +43,7 @@ from pjengine.step_inputs import KVCache
 
 logger = logging.getLogger(__name__)
 
+_CHANGES = 1024  # entries of block tables that one call writes outside of a step
 _LOGPROB_CHUNK = 64  # prompt positions whose logits exist at once
 
 
@@ -84,13 +94,14 @@ class RunningStep:
     prompt_logprobs: Logprobs | None
 
     def read(self) -> StepResult:
-        rows = len(self.batch.rows)
+        rows = len(self.batch)
         tokens = np.asarray(self.sampled.tokens)[:rows]
         logprobs = None if self.sampled.logprobs is None else _to_host(self.sampled.logprobs, 0, rows)
         prompt: dict[int, list[TokenLogprobs]] = {}
         if self.prompt_logprobs is not None:
             at = 0
-            for r, row in enumerate(self.batch.rows):
+            for r in range(rows):
+                row = self.batch.row(r)
                 if wants_prompt_logprobs(row):
                     prompt[r] = _to_host(self.prompt_logprobs, at, at + row.size)
                 at += row.size
@@ -118,15 +129,16 @@ class ModelRunner:
         self._jit_sample = jax.jit(_sample_step, donate_argnums=1, static_argnums=3)
         self._set_slot = jax.jit(set_slot, donate_argnums=0)
         self._prompt_logprobs = prompt_logprobs_function(module, model_config)
-        self._tables = BlockTables(shape.groups, shape.slots, shape.max_pages, shape.page_size)
+        self._write_tables = jax.jit(write_tables, donate_argnums=0)
         self._sampling = SamplingTable(shape.slots, eos)
-        self._layouts = {b: forward_layout(b, shape.groups, shape.max_pages) for b in shape.buckets}
+        self._layouts = {b: forward_layout(b, shape.groups, shape.page_size) for b in shape.buckets}
         state = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size))
+        tables = jax.eval_shape(lambda: init_tables(shape.groups, shape.slots, shape.max_pages))
         jitted = forward_function(module, model_config, shape)
         self._forward = compile_all(
             {
-                b: functools.partial(jitted.lower, params, cache_shapes, state.tail, self._layouts[b].abstract, b)
-                for b in shape.buckets
+                b: functools.partial(jitted.lower, params, cache_shapes, tables, state.tail, layout.abstract, b)
+                for b, layout in self._layouts.items()
             },
             "forward steps",
             store,
@@ -140,6 +152,7 @@ class ModelRunner:
         self.kv_bytes_per_token = (
             sum(x.dtype.itemsize * x.size // x.shape[0] for x in jax.tree.leaves(cache_shapes)) // shape.page_size
         )
+        self._tables = init_tables(shape.groups, shape.slots, shape.max_pages)
         self._state: SamplerState = init_state(shape.slots, shape.vocab_size)
 
     def dispatch(self, batch: Batch, copies: Sequence[PageCopy]) -> RunningStep:
@@ -151,14 +164,15 @@ class ModelRunner:
             if needs_state(seq):
                 self._load_slot(seq)
         bucket = self.bucket_for(batch)
-        rows = RowArrays.of(batch)
-        packed = fill_forward(batch, rows, bucket, self._layouts[bucket], self._tables)
-        logits, hidden, self._cache = self._forward[bucket](self.params, self._cache, self._state.tail, packed)
-        key = self._sampling.key(batch, rows, bucket.rows)
-        packed = self._sampling.fill(batch, rows, key, sampler_layout(key))
+        packed = self._pack(batch, bucket)
+        logits, hidden, self._cache, self._tables = self._forward[bucket](
+            self.params, self._cache, self._tables, self._state.tail, packed
+        )
+        key = self._sampling.key(batch, bucket.rows)
+        packed = self._sampling.fill(batch, key, sampler_layout(key))
         sampled, self._state = self._sampler(key)(logits, self._state, packed)
         prompt_logprobs = None
-        if hidden is not None and any(wants_prompt_logprobs(row) for row in batch.rows):
+        if hidden is not None and _scores_prompts(batch):
             prompt_logprobs = self._prompt_logprobs(self.params, hidden, _next_tokens(batch, bucket))
         for array in jax.tree.leaves((sampled, prompt_logprobs)):
             array.copy_to_host_async()
@@ -166,13 +180,22 @@ class ModelRunner:
 
     def bucket_for(self, batch: Batch) -> Bucket:
         """The smallest compiled shape that holds the batch."""
-        rows, tokens = len(batch.rows), batch.num_tokens
-        fitting = (
-            b
-            for b in self.shape.buckets
-            if b.rows >= rows and b.tokens >= tokens and (b.decode == batch.decode or not b.decode)
-        )
+        rows, tokens, decode = len(batch), batch.num_tokens, batch.decode
+        fitting = (b for b in self.shape.buckets if b.rows >= rows and b.tokens >= tokens and (decode or not b.decode))
         return min(fitting, key=lambda b: (b.tokens, not b.decode))
+
+    def _pack(self, batch: Batch, bucket: Bucket) -> np.ndarray:
+        """The step's buffer. What it has no room for (prompts found in the prefix cache) goes to the tables now."""
+        layout = self._layouts[bucket]
+        room = layout.shape("changes_0")[0]
+        changes = table_changes(batch, self.shape.groups)
+        for at in range(room, max(map(len, changes)), _CHANGES):
+            surplus = np.full((self.shape.groups, _CHANGES, 3), NOWHERE, np.int32)
+            for g, found in enumerate(changes):
+                part = found[at : at + _CHANGES]
+                surplus[g, : len(part)] = part
+            self._tables = self._write_tables(self._tables, list(surplus))
+        return fill_forward(batch, bucket, layout, [found[:room] for found in changes], self.shape.slots)
 
     def _load_slot(self, seq: Seq) -> None:
         size = 64
@@ -195,18 +218,25 @@ class ModelRunner:
 
 
 def forward_function(module: ModuleType, config: Any, shape: RunnerShape) -> Any:
-    """The jitted forward pass: (params, cache, tail, packed, bucket) -> (logits [rows, vocab], hidden or None,
-    cache).
+    """The jitted forward pass: (params, cache, tables, tail, packed, bucket) -> (logits [rows, vocab], hidden or None,
+    cache, tables). cache and tables are donated.
     """
 
-    def forward(params: Any, cache: KVCache, tail: jax.Array, packed: jax.Array, bucket: Bucket) -> Any:
-        layout = forward_layout(bucket, shape.groups, shape.max_pages)
-        inputs = unpack_forward(packed, tail, bucket, layout, shape.groups, shape.backend)
+    def forward(
+        params: Any,
+        cache: KVCache,
+        tables: tuple[jax.Array, ...],
+        tail: jax.Array,
+        packed: jax.Array,
+        bucket: Bucket,
+    ) -> Any:
+        layout = forward_layout(bucket, shape.groups, shape.page_size)
+        inputs, tables = unpack_forward(packed, tail, tables, bucket, layout, shape.page_size, shape.backend)
         hidden, cache = module.forward(params, inputs, cache, config)
         logits = module.logits(params, hidden[inputs.last_tokens], config)
-        return logits, None if bucket.decode else hidden, cache
+        return logits, None if bucket.decode else hidden, cache, tables
 
-    return jax.jit(forward, donate_argnums=1, static_argnums=4)
+    return jax.jit(forward, donate_argnums=(1, 2), static_argnums=5)
 
 
 def prompt_logprobs_function(module: ModuleType, config: Any) -> Any:
@@ -234,11 +264,18 @@ def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:
     """int32 [tokens]: the known token after each of a step's positions; 0 where there is none."""
     targets = np.zeros(bucket.tokens, np.int32)
     at = 0
-    for row in batch.rows:
+    for row in map(batch.row, range(len(batch))):
         known = row.seq.tokens[row.start + 1 : row.start + row.size + 1]
         targets[at : at + len(known)] = known
         at += row.size
     return targets
+
+
+def _scores_prompts(batch: Batch) -> bool:
+    return any(
+        seq.params.prompt_logprobs is not None and wants_prompt_logprobs(batch.row(r))
+        for r, seq in enumerate(batch.seqs)
+    )
 
 
 def _to_host(logprobs: Logprobs, start: int, end: int) -> list[TokenLogprobs]:

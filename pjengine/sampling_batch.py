@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 
-from pjengine.batch import Layout, RowArrays
+from pjengine.batch import Layout
 from pjengine.sampler import TAIL, SamplingInputs, Variant
 from pjengine.scheduler import Batch, Row
 from pjengine.sequence import Sequence
@@ -82,33 +82,33 @@ class SamplingTable:
         variant = Variant.LOGPROBS if params.logprobs is not None else Variant.GREEDY if plain else Variant.SAMPLE
         self._variants[slot] = variant
 
-    def key(self, batch: Batch, rows: RowArrays, bucket_rows: int) -> SamplerKey:
+    def key(self, batch: Batch, bucket_rows: int) -> SamplerKey:
         """The smallest sampler that covers every row that samples."""
-        slots = self._slots(rows)
+        slots = self._slots(batch)
         biases = words = 0
         for r in np.flatnonzero(self._listing[slots]).tolist():
-            biases = max(biases, len(adjustments(batch.rows[r], self._eos)[0]))
-            words = max(words, len(batch.rows[r].seq.params.bad_words_token_ids))
+            biases = max(biases, len(adjustments(batch.row(r), self._eos)[0]))
+            words = max(words, len(batch.row(r).seq.params.bad_words_token_ids))
         variant = Variant(int(self._variants[slots].max()))
         return SamplerKey(bucket_rows, variant, _round_up(biases, 64), _round_up(words, 16))
 
-    def fill(self, batch: Batch, rows: RowArrays, key: SamplerKey, layout: Layout) -> np.ndarray:
+    def fill(self, batch: Batch, key: SamplerKey, layout: Layout) -> np.ndarray:
         """The packed buffer of a step's sampler."""
         buffer = np.zeros(layout.size, np.int32)
         v = layout.views(buffer)
         slots = v["slots"]
         slots[:] = self._scratch
-        slots[: len(batch.rows)] = self._slots(rows)
+        slots[: len(batch)] = self._slots(batch)
         if key.variant is Variant.GREEDY:
             return buffer
-        v["positions"][: len(batch.rows)] = rows.starts + rows.counts
+        v["positions"][: len(batch)] = batch.starts + batch.counts
         v["seeds"][:] = self._seeds[slots]
         for name, numbers in self._numbers.items():
             v[name][:] = numbers[slots]
         v["bias_ids"][:] = v["bad_words"][:] = -1
         for r in np.flatnonzero(self._listing[slots]).tolist():
-            params = batch.rows[r].seq.params
-            ids, values = adjustments(batch.rows[r], self._eos)
+            params = batch.row(r).seq.params
+            ids, values = adjustments(batch.row(r), self._eos)
             v["allow_only"][r] = params.allowed_token_ids is not None
             v["bias_ids"][r, : len(ids)] = ids
             v["bias"][r, : len(ids)] = values
@@ -116,8 +116,8 @@ class SamplingTable:
                 v["bad_words"][r, w, TAIL - len(word) :] = word
         return buffer
 
-    def _slots(self, rows: RowArrays) -> np.ndarray:
-        return np.where(rows.samples, rows.slots, self._scratch)
+    def _slots(self, batch: Batch) -> np.ndarray:
+        return np.where(batch.samples, batch.slots, self._scratch)
 
 
 def adjustments(row: Row, eos: frozenset[int]) -> tuple[list[int], list[float]]:

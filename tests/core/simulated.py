@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from pjengine.batch import BlockTables, Bucket, RowArrays, fill_forward, forward_layout
+from pjengine.batch import Bucket, fill_forward, forward_layout, table_changes
 from pjengine.engine import Engine, StepResult
 from pjengine.engine_info import EngineInfo
 from pjengine.kv_cache import CacheGroup, KVCacheManager, PageCopy
@@ -55,43 +55,51 @@ class SimulatedRunner:
         self.groups, self.page_size = cache.groups, cache.page_size
         self.pages = [np.full((g.num_pages, cache.page_size), -7) for g in cache.groups]
         self.max_pages = max(g.num_pages for g in cache.groups) * 4
-        self.tables = BlockTables(len(cache.groups), slots, self.max_pages, cache.page_size)
+        self.slots = slots
+        self.tables = [np.zeros((slots + 1, self.max_pages), np.int32) for _ in cache.groups]
         self.sampling = SamplingTable(slots, frozenset())
         self.newest = np.full(slots + 1, -1)
 
     def dispatch(self, batch: Batch, copies: SequenceOf[PageCopy]) -> Done:
         for copy in copies:
             self.pages[copy.group][copy.target] = self.pages[copy.group][copy.source]
-        rows = len(batch.rows)
+        rows = len(batch)
         bucket = Bucket(rows if batch.decode else batch.num_tokens + 3, rows + (0 if batch.decode else 2), batch.decode)
-        layout = forward_layout(bucket, len(self.groups), self.max_pages)
-        columns = RowArrays.of(batch)
-        v = layout.views(fill_forward(batch, columns, bucket, layout, self.tables))
+        layout = forward_layout(bucket, len(self.groups), self.page_size)
+        room = layout.shape("changes_0")[0]
+        changes = table_changes(batch, len(self.groups))
+        v = layout.views(fill_forward(batch, bucket, layout, [found[:room] for found in changes], self.slots))
+        for g, table in enumerate(self.tables):
+            for slot, index, page in [*changes[g][room:], *v[f"changes_{g}"]]:
+                if slot <= self.slots:
+                    table[slot, index] = page
         key = SamplerKey(bucket.rows, Variant.SAMPLE)
         for seq in batch.admitted:
             self.sampling.load(seq)
-        s = sampler_layout(key).views(self.sampling.fill(batch, columns, key, sampler_layout(key)))
-        for r, slot in enumerate(v["pending_slots"]):
-            if slot >= 0:
-                v["token_ids"][v["query_starts"][r + 1] - 1] = self.newest[slot]
+        s = sampler_layout(key).views(self.sampling.fill(batch, key, sampler_layout(key)))
+        ends = v["query_starts"][1:]
+        for r in np.flatnonzero(v["pending"]).tolist():
+            v["token_ids"][ends[r] - 1] = self.newest[v["slots"][r]]
         for g, pages in enumerate(self.pages):
-            for token, slot in zip(v["token_ids"], v[f"write_slots_{g}"], strict=True):
-                if slot >= 0:
-                    pages[slot // self.page_size, slot % self.page_size] = token
+            for r in range(rows):
+                table, end = self.tables[g][v["slots"][r]], v["kv_lens"][r]
+                for at in range(v["query_starts"][r], ends[r]):
+                    p = end - ends[r] + at
+                    pages[table[p // self.page_size], p % self.page_size] = v["token_ids"][at]
         sampled = np.zeros(bucket.rows, np.int32)
         for r in range(rows):
             length = v["kv_lens"][r]
             visible = []
             for g, group in enumerate(self.groups):
                 first = 0 if group.window is None else max(0, length - group.window)
-                table = v[f"block_tables_{g}"][r]
+                table = self.tables[g][v["slots"][r]]
                 visible.append(
                     [self.pages[g][table[p // self.page_size], p % self.page_size] for p in range(first, length)]
                 )
             seed = int(s["seeds"][r, 0]) | int(s["seeds"][r, 1]) << 32 if s["temperature"][r] else None
             sampled[r] = next_token(visible, int(length), seed)
             self.newest[s["slots"][r]] = sampled[r]
-        return Done(sampled, bucket.tokens)
+        return Done(sampled[:rows], bucket.tokens)
 
 
 def make_engine(
