@@ -9,6 +9,7 @@ from pjengine.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+TASKS = ("auto", "generate", "embed", "classify")
 BACKENDS = ("auto", "reference", "mosaic", "triton")
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -19,6 +20,8 @@ class EngineConfig:
 
     Attributes:
       model: directory, .gguf file, hub id or embedded name (`pjengine models` lists those).
+      task: what to do with the model: "generate", "embed" or "classify" (score pairs of texts too); "auto": as its
+        files say, a decoder without sentence-transformers files generates.
       dtype: of weights and KV cache; "auto": the checkpoint's own on a GPU, float32 on a CPU.
       load_format: "auto" looks at the files; "dummy" draws random weights of the config's shapes on the device.
       seed: of dummy weights and of requests that bring no seed of their own.
@@ -36,6 +39,7 @@ class EngineConfig:
     """
 
     model: str
+    task: str = "auto"
     dtype: str = "auto"
     load_format: str = "auto"
     seed: int = 0
@@ -53,6 +57,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
+            ("task", TASKS),
             ("dtype", DTYPES),
             ("load_format", LOAD_FORMATS),
             ("attention_backend", BACKENDS),

@@ -17,9 +17,10 @@ from pjengine.errors import ConfigError, OutOfMemory
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_budget, limits_of, window_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, plan_memory
-from pjengine.models.loading import choose_dtype, embeds, model_of, weight_specs
+from pjengine.models.loading import choose_dtype, model_of, weight_specs
 from pjengine.models.params import ParamSpec, is_spec
 from pjengine.models.sources import resolve
+from pjengine.models.tasks import head_of
 from pjengine.sampler import init_state
 
 # GiB that CUDA reports as a card's whole memory; drivers differ by about one percent.
@@ -79,10 +80,11 @@ def plan_device(config: EngineConfig, memory: float, tensor_parallel: int = 1) -
     module, model = model_of(source)
     dtype = choose_dtype(source, config.dtype, platform="gpu")
     shards = Shards(tensor_parallel, model)
-    leaves = jax.tree.leaves(weight_specs(source, module, model), is_leaf=is_spec)
+    head = head_of(source, module, model, config.task)
+    leaves = jax.tree.leaves(weight_specs(module, model, head), is_leaf=is_spec)
     weights = sum(shards.weight_bytes(spec, dtype) for spec in leaves)
     budget = int(memory * GIB * config.gpu_memory_utilization)
-    if embeds(source, module):
+    if head is not None:
         return _embedder_plan(config, model, dtype, shards, budget, weights)
     return _decoder_plan(config, module, model, dtype, shards, budget, weights)
 

@@ -1,4 +1,4 @@
-"""EmbeddingEngine: whole sequences, packed to a token budget in the order they came."""
+"""EmbeddingEngine: whole sequences, embedded or classified, packed to a token budget in the order they came."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request, Timings
-from pjengine.request_checks import check_prompt
+from pjengine.request_checks import check_prompt, check_token_types
 
 
 class Batch(Protocol):
@@ -23,21 +23,21 @@ class Batch(Protocol):
 
 
 class Runner(Protocol):
-    """Embeds at most `max_rows` sequences of at most `budget` tokens in all per call, without waiting for the
-    device.
+    """Embeds or classifies at most `max_rows` sequences of at most `budget` tokens in all per call, without waiting
+    for the device.
     """
 
     budget: int
     max_rows: int
 
-    def dispatch(self, sequences: list[list[int]]) -> Batch: ...
+    def dispatch(self, requests: list[Request]) -> Batch: ...
 
 
 class EmbeddingEngine:
-    """The face of `Engine`, for models that embed. Not thread-safe: one thread calls it.
+    """The face of `Engine`, for models that embed or classify. Not thread-safe: one thread calls it.
 
-    Batches form by token count. While one runs, the next is packed and dispatched, so a step returns the vectors of
-    the one before.
+    Batches form by token count. While one runs, the next is packed and dispatched, so a step returns the results
+    of the one before.
     """
 
     def __init__(self, info: EngineInfo, runner: Runner, max_waiting: int = 16384):
@@ -59,17 +59,19 @@ class EmbeddingEngine:
         """Queues a text.
 
         Raises:
-          InvalidRequest: it cannot be embedded by this model; no other request is affected.
+          InvalidRequest: this model cannot take it; no other request is affected.
           EngineOverloaded: `max_waiting` requests wait already.
         """
         info, prompt = self.info, request.prompt_token_ids
         if request.params is not None:
             raise InvalidRequest(
-                f"model: {info.model} embeds and does not generate; use a model of kind generate", field="model"
+                f"model: {info.model} is of kind {info.kind} and does not generate; use a model of kind generate",
+                field="model",
             )
         if request.request_id in self._waiting or request.request_id in self._running:
             raise InvalidRequest(f"request_id: {request.request_id!r} is in use by an open request", field="request_id")
         check_prompt(prompt, info, field="input")
+        check_token_types(request, info)
         if len(self._waiting) >= self.max_waiting:
             raise EngineOverloaded(f"{len(self._waiting)} requests are waiting (max_waiting); retry later")
         arrival = request.arrival_time if request.arrival_time is not None else time.monotonic()
@@ -81,11 +83,11 @@ class EmbeddingEngine:
         self._running.pop(request_id, None)
 
     def step(self) -> list[Output]:
-        """One round; returns the embeddings of the batch before."""
+        """One round; returns the results of the batch before."""
         batch = self._pack()
         started = None
         if batch:
-            started = batch, self.runner.dispatch([r.prompt_token_ids for r in batch])
+            started = batch, self.runner.dispatch(batch)
             self._steps += 1
             self._padded_tokens += started[1].bucket_tokens
             self._prompt_tokens += sum(len(r.prompt_token_ids) for r in batch)
@@ -117,17 +119,18 @@ class EmbeddingEngine:
         return batch
 
     def _outputs(self, batch: list[Request], running: Batch) -> list[Output]:
-        vectors = np.ascontiguousarray(running.read(), "<f4")
+        results = np.ascontiguousarray(running.read(), "<f4")
+        field = "logits" if self.info.kind == "classify" else "embedding"
         now = time.monotonic()
         outputs = []
-        for request, vector in zip(batch, vectors, strict=True):
+        for request, result in zip(batch, results, strict=True):
             entry = self._running.get(request.request_id)
             if entry is None or entry[0] is not request:
                 continue  # aborted
             del self._running[request.request_id]
             _, arrival, dispatched = entry
             timings = Timings(queued=dispatched - arrival, first_token=now - arrival, finished=now - arrival)
-            outputs.append(
-                Output(request_id=request.request_id, embedding=vector.tobytes(), finish_reason="stop", timings=timings)
-            )
+            output = Output(request_id=request.request_id, finish_reason="stop", timings=timings)
+            setattr(output, field, result.tobytes())
+            outputs.append(output)
         return outputs

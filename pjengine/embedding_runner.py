@@ -1,4 +1,4 @@
-"""Runs packed batches of whole sequences through a model and pools them: one executable per bucket."""
+"""Runs packed batches of whole sequences through a model and its head: one executable per bucket."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import numpy as np
 
 from pjengine.batch import Bucket, Layout
 from pjengine.executables import ExecutableStore, compile_all
-from pjengine.models.pooling import pool
-from pjengine.models.sources import Pooling
+from pjengine.models import heads
+from pjengine.models.heads import Head
+from pjengine.request import Request
 from pjengine.step_inputs import StepInputs
 
 _SMALLEST = 32  # tokens of the smallest bucket
@@ -23,27 +24,28 @@ _SMALLEST = 32  # tokens of the smallest bucket
 
 @dataclasses.dataclass(frozen=True)
 class RunningBatch:
-    """Embeddings on their way to the host."""
+    """Embeddings or logits on their way to the host."""
 
-    vectors: jax.Array
+    results: jax.Array
     count: int
     bucket_tokens: int
 
     def read(self) -> np.ndarray:
-        """float32 [sequences, hidden_size]; waits for the device."""
-        return np.asarray(self.vectors)[: self.count]
+        """float32 [sequences, the head's size]; waits for the device."""
+        return np.asarray(self.results)[: self.count]
 
 
 class EmbeddingRunner:
-    """A model with its pooling, compiled for token buckets up to a budget."""
+    """A model with its head, compiled for token buckets up to a budget. token_types: its batches bring segments."""
 
     def __init__(
         self,
         module: ModuleType,
         model_config: Any,
         params: Any,
-        pooling: Pooling | None,
+        head: Head,
         *,
+        token_types: bool,
         budget: int,
         max_rows: int,
         growth: int,
@@ -60,32 +62,33 @@ class EmbeddingRunner:
         buckets = [
             Bucket(size, min(max_rows, max(8, size // 8)) if size < budget else max_rows, False) for size in sizes
         ]
-        self._layouts = {b: _layout(b) for b in buckets}
-        mode, normalize = (pooling.mode, pooling.normalize) if pooling else ("cls", True)
+        self._token_types = token_types
+        self._layouts = {b: _layout(b, token_types) for b in buckets}
 
-        def embed(params: Any, packed: jax.Array, bucket: Bucket) -> jax.Array:
-            v = _layout(bucket).unpack(packed)
+        def run(params: Any, packed: jax.Array, bucket: Bucket) -> jax.Array:
+            v = _layout(bucket, token_types).unpack(packed)
             inputs = StepInputs(
                 token_ids=v["token_ids"],
                 positions=v["positions"],
                 query_starts=v["query_starts"],
                 kv_lens=jnp.diff(v["query_starts"]),
+                token_types=v.get("token_types"),
                 backend=backend,
             )
             hidden, _ = module.forward(params, inputs, None, model_config)
-            return pool(hidden, inputs, mode, normalize)
+            return heads.apply(head, params, hidden, inputs)
 
-        jitted = jax.jit(embed, static_argnums=2)
+        jitted = jax.jit(run, static_argnums=2)
         self._executables = compile_all(
             {b: functools.partial(jitted.lower, params, self._layouts[b].abstract, b) for b in buckets},
-            "embedding batches",
+            "batches",
             store,
             progress,
         )
 
-    def dispatch(self, sequences: Sequence[Sequence[int]]) -> RunningBatch:
-        """Starts a batch of at most `max_rows` sequences and `budget` tokens in all; returns at once."""
-        lengths = [len(s) for s in sequences]
+    def dispatch(self, requests: Sequence[Request]) -> RunningBatch:
+        """Starts a batch of at most `max_rows` requests and `budget` tokens in all; returns at once."""
+        lengths = [len(request.prompt_token_ids) for request in requests]
         total = sum(lengths)
         bucket = min(b for b in self._executables if b.tokens >= total and b.rows >= len(lengths))
         layout = self._layouts[bucket]
@@ -94,19 +97,18 @@ class EmbeddingRunner:
         starts = v["query_starts"]
         starts[1 : len(lengths) + 1] = np.cumsum(lengths)
         starts[len(lengths) + 1 :] = total
-        for sequence, at in zip(sequences, starts.tolist(), strict=False):
-            v["token_ids"][at : at + len(sequence)] = sequence
+        for request, at, length in zip(requests, starts.tolist(), lengths, strict=False):
+            v["token_ids"][at : at + length] = request.prompt_token_ids
+            if self._token_types and request.token_type_ids is not None:
+                v["token_types"][at : at + length] = request.token_type_ids
         v["positions"][:total] = np.arange(total) - np.repeat(starts[: len(lengths)], lengths)
-        vectors = self._executables[bucket](self._params, buffer)
-        vectors.copy_to_host_async()
-        return RunningBatch(vectors, len(lengths), bucket.tokens)
+        results = self._executables[bucket](self._params, buffer)
+        results.copy_to_host_async()
+        return RunningBatch(results, len(lengths), bucket.tokens)
 
 
-def _layout(bucket: Bucket) -> Layout:
+def _layout(bucket: Bucket, token_types: bool) -> Layout:
+    tokens = ["token_ids", "positions", *(["token_types"] if token_types else [])]
     return Layout(
-        (
-            ("token_ids", (bucket.tokens,), "int32"),
-            ("positions", (bucket.tokens,), "int32"),
-            ("query_starts", (bucket.rows + 1,), "int32"),
-        )
+        (*((name, (bucket.tokens,), "int32") for name in tokens), ("query_starts", (bucket.rows + 1,), "int32"))
     )

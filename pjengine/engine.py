@@ -16,7 +16,7 @@ from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.kv_cache import PageCopy
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request, Timings, TokenLogprobs
-from pjengine.request_checks import check_max_tokens, check_params, check_prompt
+from pjengine.request_checks import check_max_tokens, check_params, check_prompt, check_token_types
 from pjengine.sampling_params import SamplingParams
 from pjengine.scheduler import Batch, Row, Scheduler
 from pjengine.sequence import Sequence, Status
@@ -158,11 +158,14 @@ class Engine:
         info, params, prompt = self.info, request.params, request.prompt_token_ids
         if params is None:
             raise InvalidRequest(
-                f"model: {info.model} generates text and does not embed; use a model of kind embed", field="model"
+                f"model: {info.model} generates text and neither embeds nor classifies; start it with --task embed or "
+                "classify, or use another model",
+                field="model",
             )
         if request.request_id in self._requests:
             raise InvalidRequest(f"request_id: {request.request_id!r} is in use by an open request", field="request_id")
         check_prompt(prompt, info)
+        check_token_types(request, info)
         check_max_tokens(params, len(prompt), info)
         check_params(params, info)
         return params

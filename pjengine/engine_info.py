@@ -10,8 +10,11 @@ class EngineInfo:
     """What callers need to know of an engine.
 
     Attributes:
-      kind: "generate" or "embed".
-      embedding_size: elements of an embedding; 0 for "generate".
+      kind: "generate", "embed" or "classify" (which also scores pairs of texts).
+      embedding_size: elements of an embedding; 0 for the other kinds.
+      labels: of "classify": names of the classes in the order of the logits; of a reranker one, its score.
+      activation: of "classify": one of `pjengine.activations.ACTIVATIONS`, which makes scores of the logits.
+      token_types: how many values `Request.token_type_ids` may take; 0: the engine takes none.
       backends: (op, backend, why) as printed at start-up.
     """
 
@@ -21,6 +24,9 @@ class EngineInfo:
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
     embedding_size: int = 0
+    labels: tuple[str, ...] = ()
+    activation: str = ""
+    token_types: int = 0
     dtype: str = "float32"
     device: str = "cpu"
     page_size: int = 0

@@ -24,8 +24,10 @@ from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_budget, limits_of, window_of
 from pjengine.memory_plan import RESERVE, MemoryPlan, plan_memory
 from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
-from pjengine.models.loading import choose_dtype, embeds, load_source, model_of
+from pjengine.models.heads import Head
+from pjengine.models.loading import choose_dtype, load_source, model_of
 from pjengine.models.sources import Source, resolve
+from pjengine.models.tasks import head_of
 from pjengine.pallas_kernels import describe_backends
 from pjengine.sampler import init_state
 from pjengine.scheduler import Scheduler
@@ -61,13 +63,13 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
     source = resolve(config.model, config.load_format)
     module, model_config = model_of(source)
     dtype = choose_dtype(source, config.dtype)
-    params = load_source(source, module, model_config, dtype, seed=config.seed)
+    head = head_of(source, module, model_config, config.task)
+    params = load_source(source, module, model_config, dtype, head=head, seed=config.seed)
     model = _Model(source, module, model_config, params, dtype)
     seconds = time.monotonic() - started
     # A record's attribute `phase` names what has ended, for those who time the start-up.
     logger.info("loaded %s as %s in %.1f s", config.model, dtype, seconds, extra={"phase": "weights"})
-    make = _make_embedder if embeds(source, module) else _make_generator
-    engine = make(config, model, progress)
+    engine = _make_generator(config, model, progress) if head is None else _make_embedder(config, model, head, progress)
     logger.info("ready in %.1f s: %s", time.monotonic() - started, engine.info, extra={"phase": "cache and tables"})
     return engine
 
@@ -126,30 +128,37 @@ def _make_generator(config: EngineConfig, model: _Model, progress: bool) -> Engi
     return Engine(info, scheduler, runner, max_waiting=config.max_waiting, seed=config.seed)
 
 
-def _make_embedder(config: EngineConfig, model: _Model, progress: bool) -> EmbeddingEngine:
+def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bool) -> EmbeddingEngine:
     gpu = jax.default_backend() == "gpu"
-    window, pooling = window_of(config, model.config.max_position_embeddings), model.source.pooling
-    if config.max_model_len is None and pooling is not None and pooling.max_seq_length:
-        window = min(window, pooling.max_seq_length)
+    window, longest = window_of(config, model.config.max_position_embeddings), model.source.sentence.max_seq_length
+    if config.max_model_len is None and longest:
+        window = min(window, longest)
     budget = embedding_budget(config, window, gpu=gpu)
+    # Segments tell a pair's texts apart; a single text has one, so embeddings are computed without.
+    token_types = getattr(model.config, "type_vocab_size", 0) if head.task == "classify" else 0
     runner = EmbeddingRunner(
         model.module,
         model.config,
         model.params,
-        pooling,
+        head,
+        token_types=token_types > 1,
         budget=budget,
         max_rows=config.max_num_seqs or max(8, budget // 8),
         growth=2 if gpu else 4,
         backend=config.attention_backend,
-        store=open_store(config.compile_cache, (model.config, pooling, config.attention_backend, model.dtype.name)),
+        store=open_store(config.compile_cache, (model.config, head, config.attention_backend, model.dtype.name)),
         progress=progress,
     )
+    size = head.size(model.config.hidden_size)
     info = EngineInfo(
         model=config.model,
-        kind="embed",
+        kind=head.task,
         vocab_size=model.config.vocab_size,
         max_model_len=window,
-        embedding_size=model.config.hidden_size,
+        embedding_size=size if head.task == "embed" else 0,
+        labels=head.labels,
+        activation=head.activation if head.task == "classify" else "",
+        token_types=token_types if token_types > 1 else 0,
         dtype=model.dtype.name,
         device=jax.devices()[0].device_kind,
     )

@@ -241,7 +241,7 @@ class LLM:
             raise EngineDead("this LLM is closed; make a new one")
         info = self._engine.info
         if info.kind != kind:
-            other = "embed" if info.kind == "embed" else "generate or chat"
+            other = {"embed": "embed", "classify": "classify or score", "generate": "generate or chat"}[info.kind]
             raise ConfigError(f"model: {info.model} cannot {method}; use {other}, or another model")
 
 

@@ -10,12 +10,13 @@ from pjengine.sampling_params import SamplingParams
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A prompt to continue (`params` set) or to embed (`params` None).
+    """A prompt to continue (`params` set), or to embed or classify (`params` None), as the engine's kind is.
 
     Attributes:
       request_id: unique among the open requests of an engine.
       prompt_token_ids: at least one id, each below the model's vocabulary size.
-      params: how to sample; None asks for an embedding.
+      params: how to sample; None for engines that do not generate.
+      token_type_ids: the segment of each token, 0 for a pair's first text and 1 for its second; None: all 0.
       priority: lower runs first; equal priorities run first come, first served.
       cache_salt: prefix-cache pages are shared only between requests with the same salt.
       arrival_time: `time.monotonic()` seconds at which the user's request came in; None: when the engine got it.
@@ -24,6 +25,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams | None = None
+    token_type_ids: list[int] | None = None
     priority: int = 0
     cache_salt: str | None = None
     arrival_time: float | None = None
@@ -61,7 +63,8 @@ class Output(msgspec.Struct, kw_only=True):
       logprobs: one per new token, if asked for.
       prompt_logprobs: sent once, with the first output of sequence 0: None for the first prompt token, one per later
         token.
-      embedding: float32 vector as raw little-endian bytes, for embedding requests.
+      embedding: float32 vector as raw little-endian bytes, of an engine that embeds.
+      logits: float32, one per label, as raw little-endian bytes, of an engine that classifies.
       finish_reason: None while running; "stop" (eos or stop token), "length", "abort" or "error".
       stop_reason: the stop token id that ended it, if it is one of `stop_token_ids`.
       error: a message for the user where `finish_reason` is "error".
@@ -75,6 +78,7 @@ class Output(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     embedding: bytes | None = None
+    logits: bytes | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
     error: str | None = None

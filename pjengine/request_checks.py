@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
+from pjengine.request import Request
 from pjengine.sampling_params import SamplingParams
 
 
@@ -29,6 +30,25 @@ def check_prompt(token_ids: list[int], info: EngineInfo, *, field: str = "prompt
             "shorten it",
             field=field,
             code="context_length_exceeded",
+        )
+
+
+def check_token_types(request: Request, info: EngineInfo) -> None:
+    """Raises InvalidRequest unless the request has no token types, or one that the model knows for each token."""
+    types = request.token_type_ids
+    if types is None:
+        return
+    if not info.token_types:
+        raise InvalidRequest(f"token_type_ids: {info.model} takes none; leave them out", field="token_type_ids")
+    if len(types) != len(request.prompt_token_ids):
+        raise InvalidRequest(
+            f"token_type_ids: {len(types)} for {len(request.prompt_token_ids)} tokens; give one for each",
+            field="token_type_ids",
+        )
+    if not all(0 <= kind < info.token_types for kind in types):
+        raise InvalidRequest(
+            f"token_type_ids: expected each in 0..{info.token_types - 1}, got {min(types)}..{max(types)}",
+            field="token_type_ids",
         )
 
 

@@ -11,6 +11,7 @@ model.safetensors, bfloat16). Only outputs are kept of the two real models. Noth
 golden.safetensors of
 - a random decoder: `tokens` int32 [T] of ragged sequences with borders `starts` int32 [R + 1]; `logits` [T, vocab];
 - a random embedder: `tokens`, `starts`, `hidden` [T, hidden_size]; of BERT also `token_types` int32 [T];
+- a random classifier: `tokens`, `starts`, `logits` [R, labels]; of BERT also `token_types`;
 - SmolLM2: `tokens`, `starts` of 8 chat prompts, each with its greedy continuation of 64 tokens, end-of-text ignored;
   `prompt_lens` [8]. Of the logits [8, 64, vocab] that chose the continuations, too big to keep whole: a fixed random
   subset of the vocabulary, `columns` [512] and `logits` [8, 64, 512]; `logsumexp` [8, 64]; the highest two, `top_ids`
@@ -35,6 +36,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     DistilBertConfig,
@@ -113,6 +115,11 @@ RANDOM_EMBEDDERS: dict[str, PreTrainedConfig] = {
     "modernbert": ModernBertConfig(**SHAPE, **MODERNBERT),
     "qwen3-embedding": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
 }
+# Smaller: their encoders are those of above.
+HEADED: dict[str, Any] = {**SHAPE, "vocab_size": 128, "num_hidden_layers": 2}
+RANDOM_CLASSIFIERS: dict[str, PreTrainedConfig] = {
+    "bert-classifier": BertConfig(**HEADED, num_labels=1),
+}
 LENGTHS = (1, 7, 40, 19, 64)
 
 CHATS = (
@@ -165,7 +172,9 @@ TEXTS = (
 
 
 def write_random_model(
-    config: PreTrainedConfig, architecture: type[AutoModel | AutoModelForCausalLM], folder: Path
+    config: PreTrainedConfig,
+    architecture: type[AutoModel | AutoModelForCausalLM | AutoModelForSequenceClassification],
+    folder: Path,
 ) -> None:
     """One checkpoint with weights that make every part of the model matter, and its float32 outputs."""
     config.dtype = "bfloat16"
@@ -181,16 +190,18 @@ def write_random_model(
     first = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # it gives padding no position
     tokens = [torch.randint(first, config.vocab_size, (length,)) for length in LENGTHS]
     golden = {"tokens": torch.cat(tokens).int(), "starts": borders(tokens)}
+    segments: list[dict[str, torch.Tensor]] = [{} for _ in tokens]
     if config.model_type == "bert":
         types = [torch.arange(length) * 2 // length for length in LENGTHS]
-        outputs = [
-            model(t[None], token_type_ids=s[None]).last_hidden_state[0] for t, s in zip(tokens, types, strict=True)
-        ]
-        golden |= {"token_types": torch.cat(types).int(), "hidden": torch.cat(outputs)}
-    elif architecture is AutoModel:
-        golden |= {"hidden": torch.cat([model(t[None]).last_hidden_state[0] for t in tokens])}
+        golden["token_types"] = torch.cat(types).int()
+        segments = [{"token_type_ids": s[None]} for s in types]
+    outputs = [model(t[None], **s) for t, s in zip(tokens, segments, strict=True)]
+    if architecture is AutoModel:
+        golden["hidden"] = torch.cat([output.last_hidden_state[0] for output in outputs])
+    elif architecture is AutoModelForSequenceClassification:
+        golden["logits"] = torch.cat([output.logits for output in outputs])
     else:
-        golden |= {"logits": torch.cat([model(t[None]).logits[0] for t in tokens])}
+        golden["logits"] = torch.cat([output.logits[0] for output in outputs])
     save_file(golden, folder / "golden.safetensors")
 
 
@@ -252,12 +263,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write, tests/golden")
     parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf; left alone without it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the folders to write; all without it")
     parser.add_argument("--minilm", type=Path, help="the folder of all-MiniLM-L6-v2; left alone without it")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
 
     writers: dict[str, Callable[[Path], None]] = {}
-    for architecture, configs in ((AutoModelForCausalLM, RANDOM_GENERATORS), (AutoModel, RANDOM_EMBEDDERS)):
+    for architecture, configs in (
+        (AutoModelForCausalLM, RANDOM_GENERATORS),
+        (AutoModel, RANDOM_EMBEDDERS),
+        (AutoModelForSequenceClassification, RANDOM_CLASSIFIERS),
+    ):
         for name, config in configs.items():
             writers[name] = functools.partial(write_random_model, config, architecture)
     if arguments.smollm2:
@@ -265,6 +281,8 @@ def main() -> None:
     if arguments.minilm:
         writers["all-minilm-l6-v2"] = functools.partial(write_minilm, arguments.minilm)
     for name, write in writers.items():
+        if arguments.only and name not in arguments.only:
+            continue
         torch.manual_seed(0)
         folder = arguments.out / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,16 @@ import jax.numpy as jnp
 from pjengine.models.loading import checkpoint_dtype, choose_dtype, load_source, model_of
 from pjengine.models.orbax_files import check_destination, write
 from pjengine.models.sources import resolve
+from pjengine.models.tasks import head_of
 
 
 def convert(
-    src: str, dst: str | os.PathLike[str], *, dtype: str = "auto", progress: Callable[[str], None] | None = None
+    src: str,
+    dst: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    task: str = "auto",
+    progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes a model as an Orbax directory, with its config and tokenizer.
 
@@ -24,6 +30,7 @@ def convert(
       src: as `sources.resolve` takes it.
       dst: a directory that does not exist or is empty.
       dtype: of the weights written; "auto": the checkpoint's own, for GGUF float32 (dequantising is exact only there).
+      task: what the result will be used for, as `tasks.head_of` takes it: it keeps the weights of that head.
       progress: called with a line of text before each stage.
     Returns: the directory.
     Raises:
@@ -42,7 +49,7 @@ def convert(
         source = dataclasses.replace(source, config={**source.config, "dtype": kept.name})
     say(f"reading {source.path} as {kept}")
     with jax.default_device(_host()):
-        params = load_source(source, module, config, kept)
+        params = load_source(source, module, config, kept, head=head_of(source, module, config, task))
         say(f"writing {destination}")
         write(source, params, destination)
     return destination

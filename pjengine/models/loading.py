@@ -16,10 +16,13 @@ import numpy as np
 
 from pjengine.errors import ConfigError, ModelError
 from pjengine.models import registry
+from pjengine.models.heads import Head
+from pjengine.models.heads import param_specs as head_specs
 from pjengine.models.params import ParamSpec, init_params, is_spec
-from pjengine.models.readers import TensorReader
+from pjengine.models.readers import Joined, TensorReader
 from pjengine.models.safetensors_files import stored_dtype
 from pjengine.models.sources import Source, resolve
+from pjengine.models.tasks import head_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 READ_THREADS = 8
@@ -29,6 +32,7 @@ _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)"
     r"|((bert|roberta)\.)?pooler\.dense\.\w+|cls\..*|lm_head\.(bias|(dense|layer_norm|decoder)\.\w+)"
     r"|vocab_(transform|layer_norm|projector)\.\w+|head\.(dense|norm)\.\w+|decoder\.(weight|bias)"
+    r"|(pre_)?classifier\.(\w+\.)?(weight|bias)|score\.weight"
 )
 _ENCODER_PREFIXES = ("bert.", "roberta.", "distilbert.")
 _HEAD = "lm_head.weight"
@@ -49,7 +53,8 @@ def load(name: str, *, dtype: str = "auto", load_format: str = "auto", seed: int
     """
     source = resolve(name, load_format)
     module, config = model_of(source)
-    params = load_source(source, module, config, choose_dtype(source, dtype), seed=seed)
+    head = head_of(source, module, config)
+    params = load_source(source, module, config, choose_dtype(source, dtype), head=head, seed=seed)
     return module, params, config
 
 
@@ -91,19 +96,27 @@ def checkpoint_dtype(source: Source) -> jnp.dtype:
 
 
 def load_source(
-    source: Source, module: ModuleType, config: Any, dtype: Any, *, seed: int = 0, shardings: Any = None
+    source: Source,
+    module: ModuleType,
+    config: Any,
+    dtype: Any,
+    *,
+    head: Head | None = None,
+    seed: int = 0,
+    shardings: Any = None,
 ) -> Any:
     """A source's weights on the device, read in parallel; host memory holds a few tensors at a time, never the model.
 
     Args:
       dtype: of every parameter whose spec does not fix its own.
+      head: as `tasks.head_of` gives it; its weights come along, and a language model's lm_head only where it is used.
       seed: of random weights (a "dummy" source).
       shardings: tree of jax.sharding.Sharding like `param_specs`; None: all on the default device.
     Returns: the tree of `weight_specs` with arrays for specs.
     Raises:
       ModelError: a tensor is missing, of another shape, unknown, or cannot be read.
     """
-    specs = weight_specs(source, module, config)
+    specs = weight_specs(module, config, head)
     if source.kind == "dummy":
         params = init_params(specs, dtype, seed)
         return params if shardings is None else jax.device_put(params, shardings)
@@ -114,7 +127,8 @@ def load_source(
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     reader = open_tensors(source)
-    plan = _plan(reader, leaves, headless="lm_head" not in specs)
+    own = {name for spec in jax.tree.leaves(specs.get("head", ()), is_leaf=is_spec) for name in spec.sources}
+    plan = _plan(reader, leaves, own, headless="lm_head" not in specs)
     arrays = [
         _assemble(parts, spec.transpose, jnp.dtype(spec.dtype or dtype), place)
         for spec, place, parts in zip(leaves, places, _read_ahead(reader, plan), strict=True)
@@ -122,15 +136,14 @@ def load_source(
     return jax.tree.unflatten(treedef, arrays)
 
 
-def embeds(source: Source, module: ModuleType) -> bool:
-    """Whether the model makes vectors of texts: sentence-transformers files say so, or it has no logits."""
-    return source.pooling is not None or not hasattr(module, "logits")
-
-
-def weight_specs(source: Source, module: ModuleType, config: Any) -> dict[str, Any]:
-    """`module.param_specs`; of a decoder that embeds without the lm_head, which its checkpoint may lack."""
+def weight_specs(module: ModuleType, config: Any, head: Head | None) -> dict[str, Any]:
+    """`module.param_specs` and, under "head", those of a head; without the lm_head where the head does not use it."""
     specs = module.param_specs(config)
-    return {name: spec for name, spec in specs.items() if name != "lm_head"} if embeds(source, module) else specs
+    if head is None:
+        return specs
+    if not head.token_ids:
+        specs.pop("lm_head", None)
+    return {**specs, "head": head_specs(head)} if head.layers else specs
 
 
 def open_tensors(source: Source) -> TensorReader:
@@ -141,12 +154,20 @@ def open_tensors(source: Source) -> TensorReader:
         return GGUFTensors(source.path)
     from pjengine.models.safetensors_files import SafetensorsFiles
 
-    return SafetensorsFiles(source.path)
+    folders = [dense.folder for dense in source.pooling.dense] if source.pooling else []
+    parts = {folder: SafetensorsFiles(source.path / folder) for folder in folders}
+    return Joined({"": SafetensorsFiles(source.path), **parts}) if parts else SafetensorsFiles(source.path)
 
 
-def _plan(reader: TensorReader, specs: list[ParamSpec], headless: bool) -> list[list[str]]:
-    """The stored tensors of each parameter; ModelError where checkpoint and parameters do not match one to one."""
-    stored = _stored_names(reader.shapes, [name for spec in specs for name in spec.sources])
+def _plan(reader: TensorReader, specs: list[ParamSpec], own: set[str], headless: bool) -> list[list[str]]:
+    """The stored tensors of each parameter; ModelError where checkpoint and parameters do not match one to one.
+
+    Args:
+      own: names of a head's tensors, which have one spelling.
+      headless: an lm_head is not used.
+    """
+    names = [name for spec in specs for name in spec.sources]
+    stored = _stored_names(reader.shapes, [name for name in names if name not in own]) | {name: name for name in own}
     missing = [name for name in stored if stored[name] not in reader.shapes]
     if missing:
         raise ModelError(

@@ -31,6 +31,8 @@ _COPIED = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "*_Pooling/config.json",
+    "*_Dense/config.json",
+    "*_LogitScore/config.json",
 )
 
 

@@ -44,7 +44,12 @@ class ParamSpec:
 
 
 def linear_specs(
-    name: str, inputs: tuple[str, int], outputs: tuple[str, int], modules: Sequence[str], *, bias: bool
+    name: str,
+    inputs: tuple[str | None, int],
+    outputs: tuple[str | None, int],
+    modules: Sequence[str],
+    *,
+    bias: bool,
 ) -> dict[str, ParamSpec]:
     """Weight and, where asked for, bias ("{name}_bias") of a linear layer; several modules fuse side by side.
 

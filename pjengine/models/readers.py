@@ -21,3 +21,20 @@ class TensorReader(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in host memory, in the checkpoint's dtype (quantised ones as float32)."""
+
+
+class Joined:
+    """Several checkpoints as one: those of a part "2_Dense" are `2_Dense.…`, those of the part "" keep their names."""
+
+    def __init__(self, parts: Mapping[str, TensorReader]):
+        self._places = {
+            f"{part}.{name}" if part else name: (reader, name)
+            for part, reader in parts.items()
+            for name in reader.shapes
+        }
+        self.where = next(iter(parts.values())).where
+        self.shapes = {name: reader.shapes[stored] for name, (reader, stored) in self._places.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        reader, stored = self._places[name]
+        return reader.read(stored)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,34 +12,16 @@ from typing import Any, Literal
 from pjengine.errors import ModelError
 from pjengine.models.embedded import EMBEDDED_MODELS, fetch
 from pjengine.models.gguf_format import GGUFHeader, read_header
+from pjengine.models.json_files import read_json
+from pjengine.models.sentence_files import Pooling, SentenceFiles, read_sentence_files
 
 Kind = Literal["safetensors", "gguf", "orbax", "dummy"]
 
 ORBAX_WEIGHTS = "orbax"  # the folder of a converted model that holds its Orbax checkpoint
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
-_HUB_LEFT_OUT = ["*/*.safetensors", "consolidated*"]  # the same weights in other layouts
+_HUB_LEFT_OUT = ["[!0-9]*/*.safetensors", "consolidated*"]  # the same weights in other layouts; 2_Dense is a module
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_POOLING_MODES = {  # fields of 1_Pooling/config.json that are set to true
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Pooling:
-    """How a sentence-transformers model makes one vector of a text.
-
-    Attributes:
-      mode: "mean", "cls" or "last".
-      normalize: the vector is scaled to length 1.
-      max_seq_length: longer texts are cut to this many tokens, special ones included; None: the model's own limit.
-    """
-
-    mode: str
-    normalize: bool
-    max_seq_length: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +34,7 @@ class Source:
       path: the directory, or the .gguf file.
       config: its Hugging Face config.json (made from metadata for GGUF).
       generation_config: its generation_config.json; empty where there is none.
-      pooling: of a sentence-transformers model, else None.
+      sentence: what sentence-transformers files say.
       gguf: the header, where `path` is a .gguf file.
     """
 
@@ -62,12 +43,17 @@ class Source:
     path: Path
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
-    pooling: Pooling | None = None
+    sentence: SentenceFiles = dataclasses.field(default_factory=SentenceFiles)
     gguf: GGUFHeader | None = dataclasses.field(default=None, repr=False)
 
     @property
     def model_type(self) -> str:
         return self.config["model_type"]
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How a sentence-transformers embedder pools; None for other models."""
+        return self.sentence.pooling
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -130,7 +116,7 @@ def _gguf_source(name: str, path: Path) -> Source:
 
 
 def _directory_source(name: str, path: Path, dummy: bool) -> Source:
-    config = _json_object(path / "config.json")
+    config = read_json(path / "config.json", dict)
     if config is None:
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"; give the file itself: {path / ggufs[0]}" if ggufs else ": not a model directory"
@@ -139,7 +125,7 @@ def _directory_source(name: str, path: Path, dummy: bool) -> Source:
         raise ModelError(
             f"{path / 'config.json'}: model_type: expected a string such as 'llama', got {config.get('model_type')!r}"
         )
-    generation_config = _json_object(path / "generation_config.json") or {}
+    generation_config = read_json(path / "generation_config.json", dict) or {}
     _check_token_ids(path, "config.json", config)
     _check_token_ids(path, "generation_config.json", generation_config)
     kind: Kind = "orbax" if (path / ORBAX_WEIGHTS).is_dir() else "safetensors"
@@ -151,45 +137,7 @@ def _directory_source(name: str, path: Path, dummy: bool) -> Source:
                 f"model: {path} has no weights (*.safetensors, or {ORBAX_WEIGHTS}/ as `pjengine convert` writes); "
                 "PyTorch .bin files must be converted to safetensors; --load-format dummy runs without weights"
             )
-    return Source(name, kind, path, config, generation_config, pooling=_pooling(path))
-
-
-def _pooling(path: Path) -> Pooling | None:
-    modules = _json(path / "modules.json", list)
-    if modules is None:
-        return None
-    kinds = {str(m.get("type", "")).rpartition(".")[2]: m.get("path", "") for m in modules if isinstance(m, dict)}
-    unknown = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ModelError(
-            f"{path / 'modules.json'}: {sorted(unknown)[0]!r} is not supported; Transformer, Pooling, Normalize are"
-        )
-    if "Pooling" not in kinds:
-        return None
-    file = path / kinds["Pooling"] / "config.json"
-    config = _json_object(file)
-    if config is None:
-        raise ModelError(f"{file}: missing, but modules.json lists a Pooling module; fetch the model again")
-    limits = _json_object(path / kinds.get("Transformer", "") / "sentence_bert_config.json") or {}
-    return Pooling(
-        _pooling_mode(file, config), normalize="Normalize" in kinds, max_seq_length=limits.get("max_seq_length")
-    )
-
-
-def _pooling_mode(file: Path, config: Mapping[str, Any]) -> str:
-    """Pooling.mode: sentence-transformers 6 names it in `pooling_mode`, older ones set one of several fields."""
-    if "pooling_mode" in config:
-        if config["pooling_mode"] not in ("mean", "cls", "lasttoken"):
-            raise ModelError(
-                f"{file}: pooling_mode: expected 'mean', 'cls' or 'lasttoken', got {config['pooling_mode']!r}"
-            )
-        return config["pooling_mode"].removesuffix("token")
-    modes = [field for field, value in config.items() if field.startswith("pooling_mode_") and value]
-    if len(modes) != 1 or modes[0] not in _POOLING_MODES:
-        raise ModelError(
-            f"{file}: expected exactly one of {', '.join(_POOLING_MODES)} to be set, got {modes or 'none'}"
-        )
-    return _POOLING_MODES[modes[0]]
+    return Source(name, kind, path, config, generation_config, sentence=read_sentence_files(path, config))
 
 
 def _check_token_ids(path: Path, file: str, config: Mapping[str, Any]) -> None:
@@ -197,23 +145,6 @@ def _check_token_ids(path: Path, file: str, config: Mapping[str, Any]) -> None:
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ModelError(f"{path / file}: eos_token_id: expected a token id or a list of them, got {found!r}")
-
-
-def _json_object(path: Path) -> dict[str, Any] | None:
-    return _json(path, dict)
-
-
-def _json(path: Path, kind: type) -> Any:
-    """Parsed file of the given JSON type; None where there is no such file."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); fetch it again") from error
-    if not isinstance(value, kind):
-        raise ModelError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}")
-    return value
 
 
 def _hub_snapshot(repo: str, dummy: bool) -> Path:

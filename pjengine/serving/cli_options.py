@@ -14,10 +14,11 @@ from typing import Any
 
 import typer
 
-from pjengine.config import BACKENDS, DTYPES, LOAD_FORMATS, PAGE_SIZES, EngineConfig
+from pjengine.config import BACKENDS, DTYPES, LOAD_FORMATS, PAGE_SIZES, TASKS, EngineConfig
 from pjengine.errors import PJEngineError
 
 _CHOICES: Mapping[str, tuple[object, ...]] = {
+    "task": TASKS,
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
     "attention_backend": BACKENDS,

@@ -57,7 +57,7 @@ class ServerContext:
         return self.client.info
 
     def require_model(self, name: str | None, kind: str | None = None) -> None:
-        """Raises ApiError unless `name` is served, and is of the kind ("generate" or "embed") the endpoint needs."""
+        """Raises ApiError unless `name` is served, and is of the kind the endpoint needs (as EngineInfo.kind)."""
         if name is not None and name not in self.model_names:
             raise ApiError(
                 404,
@@ -66,10 +66,13 @@ class ServerContext:
                 code="model_not_found",
             )
         if kind is not None and self.info.kind != kind:
-            does = {"generate": "generates text and does not embed", "embed": "embeds text and does not generate"}[
-                self.info.kind
-            ]
-            raise ApiError(400, f"model: {self.model_names[0]} {does}", param="model", code="wrong_model_kind")
+            does = {"generate": "generates text", "embed": "embeds text", "classify": "classifies text"}
+            raise ApiError(
+                400,
+                f"model: {self.model_names[0]} {does[self.info.kind]} and does not {kind}",
+                param="model",
+                code="wrong_model_kind",
+            )
 
     def require_tokenizer(self, field: str) -> Tokenizer:
         """Raises InvalidRequest where the model has none."""

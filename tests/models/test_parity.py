@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from types import ModuleType
 from typing import Any
 
@@ -13,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.models import load
-from pjengine.models.pooling import pool
+from pjengine.models import heads, load, resolve
+from pjengine.models.tasks import head_of
 from pjengine.step_inputs import KVCache, StepInputs, packed_inputs
 from tests.helpers import GOLDEN, PagedSequences, load_golden, relative_error, split_rows
 
 DECODERS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
 EMBEDDERS = ("bert", "distilbert", "modernbert", "qwen3-embedding", "roberta", "xlm-roberta")
+CLASSIFIERS = ("bert-classifier",)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
@@ -30,6 +30,14 @@ every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 @functools.cache
 def loaded(name: str, dtype: str) -> tuple[ModuleType, Any, Any]:
     return load(str(GOLDEN / name), dtype=dtype)
+
+
+def golden_inputs(golden: dict[str, np.ndarray]) -> StepInputs:
+    """The whole sequences, with their segments where there are some."""
+    inputs = packed_inputs(split_rows(golden["tokens"], golden["starts"]))
+    if "token_types" in golden:
+        inputs = dataclasses.replace(inputs, token_types=jnp.asarray(golden["token_types"]))
+    return inputs
 
 
 @functools.cache
@@ -101,39 +109,24 @@ def test_donated_cache_is_written_in_place(name: str) -> None:
 def test_embedder(name: str, dtype: str) -> None:
     golden, _ = load_golden(name)
     model, params, config = loaded(name, dtype)
-    inputs = packed_inputs(split_rows(golden["tokens"], golden["starts"]))
-    if "token_types" in golden:
-        inputs = dataclasses.replace(inputs, token_types=jnp.asarray(golden["token_types"]))
+    inputs = golden_inputs(golden)
     hidden, _ = jax.jit(model.forward, static_argnames="config")(params, inputs, None, config=config)
     assert hidden.dtype == dtype
     assert relative_error(hidden.astype(jnp.float32), golden["hidden"]) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("mode", ["mean", "cls", "last"])
-def test_pooling_of_a_padded_step(mode: str, normalize: bool) -> None:
-    """Rows without tokens and tokens without a row change nothing and stay finite."""
-    golden, _ = load_golden("bert")
-    rows = [golden["hidden"][a:b] for a, b in itertools.pairwise(golden["starts"])]
-    ends = [len(golden["hidden"])] * 3
-    inputs = StepInputs(
-        token_ids=jnp.zeros(160, jnp.int32),
-        positions=jnp.zeros(160, jnp.int32),
-        query_starts=jnp.asarray([*golden["starts"], *ends], jnp.int32),
-        kv_lens=jnp.asarray([*map(len, rows), 0, 0, 0], jnp.int32),
-    )
-    hidden = np.full((160, golden["hidden"].shape[1]), 1e6, np.float32)
-    hidden[: ends[0]] = golden["hidden"]
-    pooled = np.asarray(pool(jnp.asarray(hidden), inputs, mode, normalize))
-    assert pooled.shape == (8, hidden.shape[1])
-    assert np.isfinite(pooled).all()
-    expected = np.stack([{"mean": row.mean(0), "cls": row[0], "last": row[-1]}[mode] for row in rows])
-    if normalize:
-        expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-    np.testing.assert_allclose(pooled[:5], expected, rtol=1e-5, atol=1e-6)
+@every_dtype
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier(name: str, dtype: str) -> None:
+    golden, _ = load_golden(name)
+    model, params, config = loaded(name, dtype)
+    head = head_of(resolve(str(GOLDEN / name)), model, config)
+    assert head is not None
+    assert (head.task, len(head.labels)) == ("classify", golden["logits"].shape[1])
 
+    @jax.jit
+    def logits(params: Any, inputs: StepInputs) -> jax.Array:
+        hidden, _ = model.forward(params, inputs, None, config)
+        return heads.apply(head, params, hidden, inputs)
 
-def test_pooling_names_an_unknown_mode() -> None:
-    hidden = jnp.zeros((3, 4))
-    with pytest.raises(ValueError, match="mode: expected one of mean, cls, last, got 'max'"):
-        pool(hidden, packed_inputs([[1, 2, 3]]), "max", False)
+    assert relative_error(logits(params, golden_inputs(golden)), golden["logits"]) < TOLERANCE[dtype]

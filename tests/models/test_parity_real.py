@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pjengine.models import load
-from pjengine.models.pooling import pool
+from pjengine.models.pooling import pool, unit_length
 from pjengine.step_inputs import KVCache, StepInputs, packed_inputs
 from tests.helpers import PagedSequences, load_golden, relative_error, split_rows
 
@@ -88,7 +88,7 @@ def test_minilm_embeddings() -> None:
     @jax.jit
     def embed(params: Any, inputs: StepInputs) -> jax.Array:
         hidden, _ = model.forward(params, inputs, None, config)
-        return pool(hidden, inputs, "mean", normalize=True)
+        return unit_length(pool(hidden, inputs, "mean"))
 
     embeddings = np.asarray(embed(params, packed_inputs(split_rows(golden["tokens"], golden["starts"]))))
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=-1), 1, rtol=1e-5)

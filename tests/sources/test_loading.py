@@ -143,8 +143,8 @@ def test_encoder_saved_with_its_head(tmp_path: Path, name: str, prefix: str, hea
     config = json.loads((GOLDEN / name / "config.json").read_text())
     write_directory(tmp_path, {**tensors, head: np.zeros(64, np.float32)}, config)
     assert_equal_trees(load(str(tmp_path), dtype="float32")[1], load(str(GOLDEN / name), dtype="float32")[1])
-    write_directory(tmp_path, {**tensors, "classifier.weight": np.zeros((1, 64), np.float32)}, config)
-    with pytest.raises(ModelError, match=r"unknown tensors: classifier\.weight"):
+    write_directory(tmp_path, {**tensors, "adapter.weight": np.zeros((1, 64), np.float32)}, config)
+    with pytest.raises(ModelError, match=r"unknown tensors: adapter\.weight"):
         load(str(tmp_path))
 
 

@@ -63,7 +63,17 @@ def test_sentence_transformers_directory(tmp_path: Path) -> None:
     assert resolve(str(path)).pooling == Pooling("mean", normalize=True, max_seq_length=100)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("mean", "mean"), ("cls", "cls"), ("lasttoken", "last")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("mean", "mean"),
+        ("cls", "cls"),
+        ("lasttoken", "last"),
+        ("max", "max"),
+        ("weightedmean", "weightedmean"),
+        ("mean_sqrt_len_tokens", "mean_sqrt_len"),
+    ],
+)
 def test_pooling_mode_by_name(tmp_path: Path, name: str, mode: str) -> None:
     """As sentence-transformers 6 writes it."""
     pooling = resolve(str(sentence_transformer(tmp_path, pooling_mode=name))).pooling
@@ -71,16 +81,14 @@ def test_pooling_mode_by_name(tmp_path: Path, name: str, mode: str) -> None:
     assert pooling.mode == mode
 
 
-@pytest.mark.parametrize("name", ["max", ["cls", "mean"], None])
+@pytest.mark.parametrize("name", ["sum", ["cls", "mean"], None])
 def test_named_pooling_that_cannot_be_honoured(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(
-        ModelError, match=r"1_Pooling.config\.json: pooling_mode: expected 'mean', 'cls' or 'lasttoken'"
-    ):
+    with pytest.raises(ModelError, match=r"1_Pooling.config\.json: pooling_mode: expected one of cls, mean, max"):
         resolve(str(sentence_transformer(tmp_path, pooling_mode=name)))
 
 
 @pytest.mark.parametrize(
-    "modes", [{}, {"pooling_mode_max_tokens": True}, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}]
+    "modes", [{}, {"pooling_mode_sum_tokens": True}, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}]
 )
 def test_poolings_that_cannot_be_honoured(tmp_path: Path, modes: dict[str, bool]) -> None:
     with pytest.raises(ModelError, match=r"1_Pooling.config\.json: expected exactly one of .*pooling_mode_mean_tokens"):
@@ -89,8 +97,16 @@ def test_poolings_that_cannot_be_honoured(tmp_path: Path, modes: dict[str, bool]
 
 def test_unknown_sentence_transformers_module(tmp_path: Path) -> None:
     sentence_transformer(tmp_path, pooling_mode_mean_tokens=True)
-    write_json(tmp_path / "modules.json", [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}])
-    with pytest.raises(ModelError, match=r"modules\.json: 'Dense' is not supported"):
+    write_json(tmp_path / "modules.json", [{"type": "sentence_transformers.models.CNN", "path": "2_CNN"}])
+    with pytest.raises(ModelError, match=r"modules\.json: 'CNN' is not supported"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("kinds", [["Transformer", "Normalize", "Pooling"], ["Transformer", "Dense"]])
+def test_modules_in_an_order_that_cannot_be_honoured(tmp_path: Path, kinds: list[str]) -> None:
+    sentence_transformer(tmp_path, pooling_mode_mean_tokens=True)
+    write_json(tmp_path / "modules.json", [{"type": f"sentence_transformers.models.{k}", "path": k} for k in kinds])
+    with pytest.raises(ModelError, match=r"modules\.json: expected the order Transformer, Pooling, Dense, Normalize"):
         resolve(str(tmp_path))
 
 
