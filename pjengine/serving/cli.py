@@ -60,6 +60,9 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    api_processes: Annotated[
+        int, typer.Option(help="Processes that speak HTTP and tokenize; more where one is the bottleneck.")
+    ] = 1,
     max_body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = 32 << 20,
     shutdown_grace: Annotated[
         float, typer.Option(help="Seconds that running requests have after SIGTERM or Ctrl-C.")
@@ -68,13 +71,15 @@ def serve(
     access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each request.")] = False,
 ) -> None:
     """Serve an OpenAI-compatible API over HTTP."""
-    from pjengine.serving.server import ServerOptions, run_server
+    from pjengine.serving.server import run_server
+    from pjengine.serving.server_options import ServerOptions
 
     options = ServerOptions(
         host=host,
         port=port,
         served_model_names=tuple(served_model_name or ()),
         api_key=api_key,
+        api_processes=api_processes,
         max_body_bytes=max_body_bytes,
         shutdown_grace=shutdown_grace,
         log_level=log_level,

@@ -6,14 +6,20 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pjengine
+from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
 from pjengine.serving.engine_client import EngineClient
 from pjengine.serving.errors import ApiError
-from pjengine.serving.metrics import ServerMetrics
+from pjengine.serving.metrics import NUM_COUNTERS, ServerMetrics
 from pjengine.serving.middleware import Gate
+from pjengine.serving.server_options import ServerOptions
+from pjengine.serving.shared_counters import SharedCounters
+from pjengine.serving.text_side import TextSide
 from pjengine.tokenizer import Tokenizer
 
 INLINE_CHARACTERS = 4096  # shorter texts are tokenized on the event loop: a thread would take longer
@@ -109,3 +115,21 @@ class ServerContext:
             return [EncodedPrompt(ids) for ids in given]
         encoded = await self.encode_batch(given, field, add_special_tokens)
         return [EncodedPrompt(ids, text) for text, ids in zip(given, encoded, strict=True)]
+
+
+def make_context(
+    client: EngineClient, text: TextSide, config: EngineConfig, options: ServerOptions, counters: Path, row: int
+) -> ServerContext:
+    """Of one API process; `row`: of its counters in the file that all of them share."""
+    names = options.served_model_names or (config.model,)
+    shared = SharedCounters(counters, options.api_processes, row, NUM_COUNTERS)
+    return ServerContext(
+        client=client,
+        tokenizer=text.tokenizer,
+        model_names=names,
+        model_root=config.model,
+        default_sampling=text.default_sampling,
+        metrics=ServerMetrics(lambda: client.stats, shared, names[0], pjengine.__version__),
+        gate=Gate(),
+        max_body_bytes=options.max_body_bytes,
+    )

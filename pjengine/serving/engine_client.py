@@ -1,4 +1,4 @@
-"""The API process's side of the engine: starts its process, sends requests, routes outputs to those who wait."""
+"""The API process's side of the engine: sends requests, routes outputs to those who wait."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import multiprocessing
-import signal
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from multiprocessing import resource_tracker
-from multiprocessing.context import SpawnProcess
-from pathlib import Path
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineDead, PJEngineError
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request
-from pjengine.serving.engine_process import MakeEngine, run_engine
 from pjengine.serving.messages import (
     Abort,
     Accepted,
     Add,
     Fatal,
     FromEngine,
+    Hello,
+    Left,
     Outputs,
     Ready,
     Refused,
@@ -42,11 +36,15 @@ from pjengine.serving.messages import (
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 5.0  # an engine that has not ended by then is killed
+CONNECT_MILLISECONDS = 10  # between tries, while the engine's process starts
 
 
 class EngineClient:
-    """An engine in a process of its own. Use from one event loop.
+    """An API process's connection to the engine. Use from one event loop.
+
+    Args:
+      address: the engine's, an EngineHost's.
+      name: unique among the API processes of a server, those that have ended included.
 
     Attributes:
       info: of the engine.
@@ -56,48 +54,55 @@ class EngineClient:
 
     info: EngineInfo
 
-    def __init__(self, make_engine: MakeEngine, config: EngineConfig, log_level: str = "info"):
+    def __init__(self, address: str, name: str):
         self.stats = Stats()
-        self._arguments = (make_engine, config)
-        self._log_level = log_level
+        self._name = name
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._admissions: dict[str, asyncio.Future[None]] = {}
         self._submissions: dict[str, Submission] = {}  # by request id
         self._ids = itertools.count()
-        self._ready = False
-        self._dead: asyncio.Future[str]
-        self._resources: contextlib.AsyncExitStack
+        self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._receiver: asyncio.Task[None] | None = None
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.IDENTITY, name.encode())
+        self._socket.setsockopt(zmq.RECONNECT_IVL, CONNECT_MILLISECONDS)
+        self._socket.connect(address)
+        self._send(Hello())
 
-    async def start(self) -> None:
-        """Starts the engine's process and waits until it can serve. If it fails or is cancelled, the process is ended.
+    async def wait_ready(self) -> None:
+        """Waits until the engine can serve.
 
         Raises:
           PJEngineError: it cannot; the message is the cause.
         """
-        loop = asyncio.get_running_loop()
-        self._dead = loop.create_future()
-        async with contextlib.AsyncExitStack() as stack:  # undone in reverse if any of it fails
-            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pjengine-"))  # mode 0700
-            self._socket = stack.enter_context(zmq.asyncio.Context()).socket(zmq.PAIR)
-            stack.callback(self._socket.close, linger=0)
-            self._socket.set_hwm(0)
-            address = f"ipc://{Path(directory) / 'engine'}"
-            self._socket.bind(address)
-            self._process = _start(run_engine, (*self._arguments, address, self._log_level))
-            stack.push_async_callback(self._end_process)
-            loop.add_reader(self._process.sentinel, self._process_ended)
-            stack.callback(loop.remove_reader, self._process.sentinel)
-            self.info = await self._wait_until_ready()
-            receiver = asyncio.create_task(self._receive())
-            receiver.add_done_callback(self._receiver_ended)
-            stack.push_async_callback(_cancel, receiver)
-            self._resources = stack.pop_all()
+        self.info = await self._wait_until_ready()
+        self._receiver = asyncio.create_task(self._receive())
+        self._receiver.add_done_callback(self._receiver_ended)
 
-    async def stop(self) -> None:
-        """Ends the engine's process; open requests get EngineDead."""
+    async def close(self) -> None:
+        """Ends the connection; open requests get EngineDead."""
         self.fail("the server is shutting down")
-        await self._resources.aclose()
+        if self._receiver is not None:
+            self._receiver.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._receiver
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def stop_engine(self) -> bool:
+        """Asks the engine's process to end, once nothing is to be had of it any more; False: it would not hear it."""
+        ready = self._receiver is not None
+        if ready:
+            self._send(Stop())
+        return ready
+
+    def report_left(self, name: str) -> None:
+        """Tells the engine that another API process has ended: what it left running is aborted."""
+        if self.alive:
+            self._send(Left(name.encode()))
 
     @property
     def alive(self) -> bool:
@@ -106,6 +111,10 @@ class EngineClient:
     @property
     def open_requests(self) -> int:
         return len(self._submissions)
+
+    def new_ids(self, count: int) -> list[str]:
+        """Ids for requests, unique in this server."""
+        return [f"{self._name}.{i}" for i in itertools.islice(self._ids, count)]
 
     async def wait_dead(self) -> str:
         """Returns the reason when the engine has died."""
@@ -157,7 +166,7 @@ class EngineClient:
             raise EngineDead(self._dead.result())
 
     def _send(self, message: ToEngine) -> None:
-        # Never waits: the send queue has no limit, and the engine's end of the socket is there once it is ready.
+        # Never waits: the send queue has no limit.
         self._socket.send(self._encoder.encode(message))
 
     async def _wait_until_ready(self) -> EngineInfo:
@@ -171,7 +180,6 @@ class EngineClient:
             receiving.cancel()
         match self._decoder.decode(receiving.result()):
             case Ready(info):
-                self._ready = True
                 return info
             case Fatal(message, expected):
                 raise PJEngineError(message if expected else f"the engine failed to start: {message}")
@@ -202,27 +210,10 @@ class EngineClient:
             case Ready():
                 raise PJEngineError("the engine said Ready twice")
 
-    def _process_ended(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._process.sentinel)
-        self._process.join()
-        code = self._process.exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        # Its last words, a Fatal with a better reason, may still be on their way.
-        loop.call_later(0.1, self.fail, f"the engine's process {how}")
-
     def _receiver_ended(self, receiver: asyncio.Task[None]) -> None:
         if not receiver.cancelled() and (error := receiver.exception()) is not None:
             logger.error("the engine's messages cannot be handled", exc_info=error)
             self.fail(f"{type(error).__name__}: {error}")
-
-    async def _end_process(self) -> None:
-        if self._ready and self._process.is_alive():
-            self._send(Stop())
-            await asyncio.to_thread(self._process.join, STOP_SECONDS)
-        self._process.kill()
-        await asyncio.to_thread(self._process.join)
-        self._process.close()
 
 
 class Submission:
@@ -290,22 +281,3 @@ class Submission:
     def _fail(self, error: EngineDead) -> None:
         self._error = error
         self._wake.set()
-
-
-def _start(target: Callable[..., None], arguments: tuple[object, ...]) -> SpawnProcess:
-    """Starts a process that never sees SIGINT or SIGTERM: they are blocked, and the mask is inherited."""
-    blocked = {signal.SIGINT, signal.SIGTERM}
-    resource_tracker.ensure_running()  # it would unblock both if it were started by `start`
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, name="pjengine-engine")
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    return process
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task

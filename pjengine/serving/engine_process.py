@@ -1,16 +1,12 @@
-"""The engine's process: takes requests from a socket, steps the engine, sends outputs back.
+"""The engine's process: takes requests from API processes, steps the engine, sends each its outputs back.
 
 It drains the socket without waiting while the engine has work, and sleeps in poll when it has none.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +28,8 @@ from pjengine.serving.messages import (
     Add,
     Fatal,
     FromEngine,
+    Hello,
+    Left,
     Outputs,
     Ready,
     Refused,
@@ -39,6 +37,7 @@ from pjengine.serving.messages import (
     Stop,
     ToEngine,
 )
+from pjengine.serving.processes import become_child
 
 logger = logging.getLogger(__name__)
 
@@ -74,87 +73,120 @@ def run_engine(make_engine: MakeEngine, config: EngineConfig, address: str, log_
     Args:
       make_engine: picklable; called here, in the new process.
       config: its argument.
-      address: ZeroMQ address on which the API process listens.
+      address: ZeroMQ address on which API processes find the engine.
       log_level: of Python's logging.
     """
-    # Ctrl-C reaches the whole process group: it is the API process that decides when the engine stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    become_child()
     configure_logging(log_level)
     tqdm.set_lock(threading.RLock())  # its own is a system-wide semaphore, which a killed process would leave behind
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.set_hwm(0)  # a slow reader must not block the engine; what it owes is bounded by max_tokens
-        socket.connect(address)
+        socket.bind(address)
         link = _Link(socket)
+        # A failure can be told only to a process that has said Hello, and the one that started us says it at once.
+        clients = [link.wait_hello()]
         try:
-            EngineLoop(make_engine(config), link).run()
+            EngineLoop(make_engine(config), link, clients).run()
+            return
         except PJEngineError as error:
-            link.send(Fatal(str(error), expected=True))
-            raise SystemExit(1) from None
+            fatal = Fatal(str(error), expected=True)
         except Exception as error:
             logger.exception("the engine failed")
-            link.send(Fatal(f"{type(error).__name__}: {error}", expected=False))
-            raise SystemExit(1) from None
+            fatal = Fatal(f"{type(error).__name__}: {error}", expected=False)
+        for client in clients:
+            link.send(client, fatal)
+    raise SystemExit(1)
 
 
 class _Link:
-    """The socket, typed."""
+    """The socket, typed. A client is an API process, named by its ZeroMQ identity."""
 
     def __init__(self, socket: zmq.Socket[bytes]):
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
 
-    def send(self, message: FromEngine) -> None:
+    def send(self, client: bytes, message: FromEngine) -> None:
+        """Messages to a client that has gone are dropped."""
+        self._socket.send(client, zmq.SNDMORE)
         self._socket.send(self._encoder.encode(message))
 
-    def receive(self, block: bool) -> ToEngine | None:
-        """The next message; None if there is none and `block` is False."""
-        with contextlib.suppress(zmq.Again):
-            return self._decoder.decode(self._socket.recv(0 if block else zmq.NOBLOCK))
-        return None
+    def receive(self, block: bool) -> tuple[bytes, ToEngine] | None:
+        """The next message and whose it is; None if there is none and `block` is False."""
+        try:
+            client = self._socket.recv(0 if block else zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return client, self._decoder.decode(self._socket.recv())
+
+    def wait_hello(self) -> bytes:
+        while True:
+            received = self.receive(block=True)
+            if received is not None and isinstance(received[1], Hello):
+                return received[0]
+
+
+@dataclasses.dataclass(slots=True)
+class _Open:
+    """An open request: whose it is, and which of its sequences have not ended."""
+
+    client: bytes
+    running: set[int]
 
 
 class EngineLoop:
-    """Messages in, steps, outputs out. Ends at Stop, or with what the engine raises in a step."""
+    """Messages in, steps, outputs out. Ends at Stop, or with what the engine raises in a step.
 
-    def __init__(self, engine: EngineLike, link: _Link):
+    Args:
+      clients: who has said Hello and not left; kept up to date.
+    """
+
+    def __init__(self, engine: EngineLike, link: _Link, clients: list[bytes]):
         self._engine = engine
         self._link = link
+        self._clients = clients
+        self._open: dict[str, _Open] = {}
         self._stopping = False
         self._stats_due = True  # something changed since the last report
         self._stats_sent = 0.0
 
     def run(self) -> None:
-        self._link.send(Ready(self._engine.info))
+        for client in self._clients:
+            self._link.send(client, Ready(self._engine.info))
         while not self._stopping:
             self._receive()
             if self._engine.has_work:
                 self._stats_due = True
-                if outputs := self._engine.step():
-                    self._link.send(Outputs(outputs))
+                self._deliver(self._engine.step())
             self._report()
 
     def _receive(self) -> None:
         idle = not self._engine.has_work
-        while (message := self._link.receive(block=idle)) is not None:
-            self._handle(message)
+        while (received := self._link.receive(block=idle)) is not None:
+            self._handle(*received)
             if self._stopping:
                 return
             idle = False  # having waited for one, take what else is there and go on
 
-    def _handle(self, message: ToEngine) -> None:
+    def _handle(self, client: bytes, message: ToEngine) -> None:
         match message:
             case Add():
-                self._link.send(self._add(message))
+                self._link.send(client, self._add(client, message))
             case Abort(request_id, index):
-                self._engine.abort(request_id, index)
+                self._abort(request_id, index)
+            case Hello():
+                self._clients.append(client)
+                self._link.send(client, Ready(self._engine.info))
+            case Left(left):
+                if left in self._clients:
+                    self._clients.remove(left)
+                for request_id in [i for i, request in self._open.items() if request.client == left]:
+                    self._abort(request_id, None)
             case Stop():
                 self._stopping = True
         self._stats_due = True
 
-    def _add(self, message: Add) -> Accepted | Refused:
+    def _add(self, client: bytes, message: Add) -> Accepted | Refused:
         added: list[Request] = []
         try:
             for request in message.requests:
@@ -164,19 +196,40 @@ class EngineLoop:
             for request in added:
                 self._engine.abort(request.request_id)
             return Refused.of(message.submission, error)
+        for request in added:
+            self._open[request.request_id] = _Open(client, set(range(request.params.n if request.params else 1)))
         return Accepted(message.submission)
+
+    def _abort(self, request_id: str, index: int | None) -> None:
+        self._engine.abort(request_id, index)
+        if index is None:
+            self._open.pop(request_id, None)
+        else:
+            self._ended(request_id, index)
+
+    def _ended(self, request_id: str, index: int) -> None:
+        if (request := self._open.get(request_id)) is not None:
+            request.running.discard(index)
+            if not request.running:
+                del self._open[request_id]
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """Each API process gets what is new of its own requests, in one message."""
+        by_client: dict[bytes, list[Output]] = {}
+        for output in outputs:
+            if (request := self._open.get(output.request_id)) is None:
+                continue  # aborted while its step ran
+            by_client.setdefault(request.client, []).append(output)
+            if output.finish_reason is not None:
+                self._ended(output.request_id, output.index)
+        for client, own in by_client.items():
+            self._link.send(client, Outputs(own))
 
     def _report(self) -> None:
         now = time.monotonic()
         if self._stats_due and (not self._engine.has_work or now - self._stats_sent >= STATS_INTERVAL):
-            self._link.send(StatsReport(self._engine.stats()))
+            report = StatsReport(self._engine.stats())
+            for client in self._clients:
+                self._link.send(client, report)
             self._stats_due = False
             self._stats_sent = now
-
-
-def _exit_with_parent() -> None:
-    """An engine without its API process serves nobody and holds the device's memory: it ends at once."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

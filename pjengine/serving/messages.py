@@ -1,4 +1,4 @@
-"""What the API process and the engine process say to each other: msgpack, one message per ZeroMQ frame."""
+"""What API processes and the engine's process say to each other: msgpack, one message per ZeroMQ frame."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from pjengine.metrics import Stats
 from pjengine.request import Output, Request
 
 # -- API process to engine process -----------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """The first message of every API process; answered by Ready as soon as the engine can serve."""
 
 
 class Add(msgspec.Struct, tag="add", frozen=True):
@@ -28,6 +32,16 @@ class Abort(msgspec.Struct, tag="abort", frozen=True):
     index: int | None = None
 
 
+class Left(msgspec.Struct, tag="left", frozen=True):
+    """An API process has ended: what it left running is aborted. Sent by the process that watches over the others.
+
+    Attributes:
+      client: the ZeroMQ identity it had.
+    """
+
+    client: bytes
+
+
 class Stop(msgspec.Struct, tag="stop", frozen=True):
     """The engine process shall end."""
 
@@ -36,7 +50,7 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """The first message of an engine that started."""
+    """The engine has started; the answer to Hello."""
 
     info: EngineInfo
 
@@ -67,7 +81,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 
 class Outputs(msgspec.Struct, tag="outputs", frozen=True):
-    """All that one step gave."""
+    """All that one step gave for the requests of one API process."""
 
     outputs: list[Output]
 
@@ -88,5 +102,5 @@ class Fatal(msgspec.Struct, tag="fatal", frozen=True):
     expected: bool
 
 
-ToEngine: TypeAlias = Add | Abort | Stop
+ToEngine: TypeAlias = Hello | Add | Abort | Left | Stop
 FromEngine: TypeAlias = Ready | Accepted | Refused | Outputs | StatsReport | Fatal

@@ -1,14 +1,18 @@
-"""Prometheus series: the engine's latest report, and what this process sees of each request."""
+"""Prometheus series: the engine's latest report, and what the API processes see of each request."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from pjengine.metrics import Stats
 from pjengine.request import Output
+from pjengine.serving.shared_counters import SharedCounters
 
 # (series, field of Stats, help); a counter's series gets its `_total` from prometheus_client.
 _GAUGES = (
@@ -30,52 +34,91 @@ _COUNTERS = (
     ("pjengine_engine_padded_tokens", "padded_tokens", "Tokens of the buckets they ran in: computed ones and padding."),
 )
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_DURATION_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# (series, help, upper bounds in seconds)
+_HISTOGRAMS = (
+    ("pjengine_time_to_first_token_seconds", "From a request's arrival to its first token.", _LATENCY_BUCKETS),
+    ("pjengine_inter_token_latency_seconds", "Between a sequence's tokens.", _LATENCY_BUCKETS),
+    ("pjengine_request_latency_seconds", "From a request's arrival to its end.", _DURATION_BUCKETS),
+    ("pjengine_request_queue_seconds", "From a request's arrival to its first step.", _DURATION_BUCKETS),
+)
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+# Of a process: for each histogram its buckets, that above all bounds, and the sum; then the finish reasons.
+NUM_COUNTERS = sum(len(bounds) + 2 for _, _, bounds in _HISTOGRAMS) + len(_FINISH_REASONS)
+
+
+class _Histogram:
+    """One histogram's part of a process's counters."""
+
+    def __init__(self, counters: SharedCounters, offset: int, name: str, help_text: str, bounds: tuple[float, ...]):
+        self.end = offset + len(bounds) + 2
+        self._own = counters.own
+        self._offset = offset
+        self._name, self._help = name, help_text
+        self._bounds = bounds
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """`count` observations of `value`."""
+        self._own[self._offset + bisect.bisect_left(self._bounds, value)] += count
+        self._own[self.end - 1] += value * count
+
+    def family(self, total: list[float]) -> HistogramMetricFamily:
+        below = itertools.accumulate(total[self._offset : self.end - 1])
+        les = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(les, below, strict=True))
+        return HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=total[self.end - 1])
 
 
 class ServerMetrics:
-    """All series of one server, in a registry of their own.
+    """All series of one server: the engine's latest report, and what its API processes counted together.
 
     Args:
       stats: gives the engine's latest report.
+      counters: NUM_COUNTERS for each process.
       model: the served name; version: pjengine's.
     """
 
-    def __init__(self, stats: Callable[[], Stats], model: str, version: str):
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
-        Gauge("pjengine_info", "What is served; always 1.", ["model", "version"], registry=self._registry).labels(
-            model, version
-        ).set(1)
-        self._first_token = self._histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", _LATENCY_BUCKETS
-        )
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between a sequence's tokens.", _LATENCY_BUCKETS
-        )
-        self._end_to_end = self._histogram(
-            "request_latency_seconds", "From a request's arrival to its last token.", _DURATION_BUCKETS
-        )
-        self._queued = self._histogram(
-            "request_queue_seconds", "From a request's arrival to its first step.", _DURATION_BUCKETS
-        )
-        self._finished = Counter(
-            "pjengine_requests_finished", "Sequences that ended, by reason.", ["finish_reason"], registry=self._registry
-        )
-
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"pjengine_{name}", help_text, buckets=buckets, registry=self._registry)
+    def __init__(self, stats: Callable[[], Stats], counters: SharedCounters, model: str, version: str):
+        self._stats = stats
+        self._counters = counters
+        self._labels = {"model": model, "version": version}
+        histograms: list[_Histogram] = []
+        for name, help_text, bounds in _HISTOGRAMS:
+            offset = histograms[-1].end if histograms else 0
+            histograms.append(_Histogram(counters, offset, name, help_text, bounds))
+        self._histograms = histograms
+        self.first_token, self.inter_token, self.end_to_end, self.queued = histograms
+        self._finished_at = {reason: histograms[-1].end + i for i, reason in enumerate(_FINISH_REASONS)}
 
     def render(self) -> bytes:
         """Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self)
 
     def timer(self, arrival: float) -> SequenceTimer:
         """For one sequence that came in at `arrival` (`time.monotonic()`)."""
         return SequenceTimer(self, arrival)
 
     def finished(self, reason: str) -> None:
-        self._finished.labels(reason).inc()
+        self._counters.own[self._finished_at[reason]] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """The series as of now, for prometheus_client."""
+        stats, total = self._stats(), self._counters.total()
+        for name, field, help_text in _GAUGES:
+            yield GaugeMetricFamily(name, help_text, value=getattr(stats, field))
+        for name, field, help_text in _COUNTERS:
+            yield CounterMetricFamily(name, help_text, value=getattr(stats, field))
+        for histogram in self._histograms:
+            yield histogram.family(total)
+        finished = CounterMetricFamily(
+            "pjengine_requests_finished", "Sequences that ended, by reason.", labels=["finish_reason"]
+        )
+        for reason, at in self._finished_at.items():
+            finished.add_metric([reason], total[at])
+        yield finished
+        info = GaugeMetricFamily("pjengine_info", "What is served; always 1.", labels=list(self._labels))
+        info.add_metric(list(self._labels.values()), 1)
+        yield info
 
 
 class SequenceTimer:
@@ -91,28 +134,13 @@ class SequenceTimer:
         metrics = self._metrics
         if count := len(output.token_ids):
             if self._last is None:
-                metrics._first_token.observe(now - self._arrival)
+                metrics.first_token.observe(now - self._arrival)
                 if output.timings is not None:  # also of the last output, where the queue is counted already
-                    metrics._queued.observe(output.timings.queued)
-            else:
-                for _ in range(count):  # tokens that came together share the time they took
-                    metrics._inter_token.observe((now - self._last) / count)
+                    metrics.queued.observe(output.timings.queued)
+            else:  # tokens that came together share the time they took
+                metrics.inter_token.observe((now - self._last) / count, count)
             self._last = now
 
     def end(self, reason: str, now: float) -> None:
-        self._metrics._end_to_end.observe(now - self._arrival)
+        self._metrics.end_to_end.observe(now - self._arrival)
         self._metrics.finished(reason)
-
-
-class _EngineCollector:
-    """The engine's report as series, read when Prometheus asks."""
-
-    def __init__(self, stats: Callable[[], Stats]):
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        for name, field, help_text in _GAUGES:
-            yield GaugeMetricFamily(name, help_text, value=getattr(stats, field))
-        for name, field, help_text in _COUNTERS:
-            yield CounterMetricFamily(name, help_text, value=getattr(stats, field))

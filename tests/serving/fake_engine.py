@@ -19,7 +19,7 @@ from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest, ModelError, OutOfMemory
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request, Timings, TokenLogprobs
-from pjengine.serving.server import TextSide
+from pjengine.serving.text_side import TextSide
 from pjengine.tokenizer import Tokenizer
 
 SCRIPT = {

@@ -9,7 +9,8 @@ import typer
 
 from pjengine.config import EngineConfig
 from pjengine.serving.cli_options import reported_errors
-from pjengine.serving.server import ServerOptions, run_server
+from pjengine.serving.server import run_server
+from pjengine.serving.server_options import ServerOptions
 from tests.serving.fake_engine import fail_to_start, load_text, make_fake_engine
 
 

@@ -17,7 +17,7 @@ import pjengine
 from pjengine.config import EngineConfig
 from pjengine.serving.cli import app
 from pjengine.serving.cli_options import attribute_docs
-from pjengine.serving.server import ServerOptions
+from pjengine.serving.server_options import ServerOptions
 from tests.serving.live_server import ROOT
 
 HEAVY = {"jax", "numpy", "transformers", "tokenizers", "starlette", "uvicorn", "zmq", "pydantic", "rich"}

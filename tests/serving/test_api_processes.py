@@ -1,0 +1,158 @@
+"""Several API processes on one port: spread, shared metrics, deaths and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pjengine.serving.api_processes import MOST_DEATHS
+from tests.serving.live_server import ROOT, LiveServer, fake_command, running, wait_for
+from tests.serving.test_lifecycle import check_death, open_requests
+
+PROCESSES = 2
+SLOW = {"step_seconds": 0.01}
+
+
+@pytest.fixture(scope="module")
+def several() -> Iterator[LiveServer]:
+    with running(fake_command(api_processes=PROCESSES)) as live:
+        yield live
+
+
+@pytest.fixture
+def fresh() -> Iterator[LiveServer]:
+    """For tests that end it."""
+    with running(fake_command(engine=SLOW, api_processes=PROCESSES)) as live:
+        yield live
+
+
+def children(live: LiveServer) -> list[int]:
+    """Of the first process, in order of start: the engine's, then API processes'."""
+    pids = Path(f"/proc/{live.process.pid}/task/{live.process.pid}/children").read_text().split()
+    return [int(pid) for pid in pids if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def connections(pid: int, port: int) -> int:
+    """Open TCP connections of a process to our port."""
+    inodes = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes.add(os.readlink(fd).removeprefix("socket:[").rstrip("]"))
+        except FileNotFoundError:
+            continue
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[9] in inodes and row[1].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
+def test_connections_are_spread_and_each_client_gets_its_own(several: LiveServer) -> None:
+    port = int(several.url.rsplit(":", 1)[1])
+    pids = [several.process.pid, *children(several)[1:]]
+    assert len(pids) == PROCESSES
+    with httpx.Client(limits=httpx.Limits(max_connections=64), timeout=30) as http, ThreadPoolExecutor(64) as pool:
+
+        def call(i: int) -> str:
+            body = {"prompt": f"<{i}>", "max_tokens": 40}
+            return str(http.post(f"{several.url}/v1/completions", json=body).json()["choices"][0]["text"])
+
+        assert list(pool.map(call, range(192))) == [(f"<{i}>" * 40)[:40] for i in range(192)]
+        held = [connections(pid, port) for pid in pids]
+        assert min(held) > 0, held
+
+
+def test_metrics_are_those_of_all_processes(several: LiveServer) -> None:
+    series = 'pjengine_requests_finished_total{finish_reason="length"}'
+    before = several.metrics()[series]
+    limits = httpx.Limits(max_keepalive_connections=0)  # a connection each, so that each process gets some
+    with httpx.Client(limits=limits, base_url=several.url) as http:
+        for _ in range(20):
+            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        found = {http.get("/metrics").text.split(f"{series} ")[1].split()[0] for _ in range(9)}
+    assert found == {str(before + 20)}
+
+
+def test_an_api_process_that_dies_is_replaced(fresh: LiveServer) -> None:
+    engine, *others = children(fresh)
+    pool = ThreadPoolExecutor(24)
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with pool, httpx.Client(limits=limits, base_url=fresh.url, timeout=30) as http:
+        body = {"prompt": "ab", "max_tokens": 100}
+        futures = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(24)]
+        wait_for(lambda: fresh.metrics()["pjengine_requests_running"] == 24)
+        os.kill(others[0], signal.SIGKILL)
+        lost = [future for future in futures if isinstance(future.exception(), httpx.TransportError)]
+        assert all(
+            future.result().json()["choices"][0]["text"] == "ab" * 50 for future in futures if future not in lost
+        )
+        assert 0 < len(lost) < 24
+        wait_for(lambda: len(children(fresh)) == PROCESSES)
+        assert fresh.wait_idle()["pjengine_kv_cache_used_pages"] == 0  # what the dead process left was aborted
+        for _ in range(12):  # none of them meets a closed door
+            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert children(fresh)[0] == engine
+    assert "was killed by SIGKILL; another takes its place" in fresh.log
+
+
+def test_processes_that_keep_dying_end_the_server(fresh: LiveServer) -> None:
+    for _ in range(MOST_DEATHS):
+        wait_for(lambda: len(children(fresh)) == PROCESSES)
+        os.kill(children(fresh)[-1], signal.SIGKILL)
+        wait_for(lambda: "SIGKILL" in fresh.log)
+        fresh.output.seek(0)
+        fresh.output.truncate()
+    assert fresh.process.wait(10) == 1
+
+
+def test_the_death_of_the_engine(fresh: LiveServer) -> None:
+    pool, futures = open_requests(fresh)
+    with pool:
+        pids = children(fresh)
+        os.kill(pids[0], signal.SIGKILL)
+        errors = check_death(fresh, futures)
+    assert all("SIGKILL" in error for error in errors)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_the_death_of_the_first_process_ends_all(fresh: LiveServer) -> None:
+    pids = children(fresh)
+    fresh.process.kill()
+    fresh.process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_draining_in_every_process(fresh: LiveServer) -> None:
+    pids = children(fresh)
+    with ThreadPoolExecutor(12) as pool:
+        body = {"prompt": "ab", "max_tokens": 100}
+        futures = [pool.submit(fresh.post, "/v1/completions", body) for _ in range(12)]
+        wait_for(lambda: fresh.metrics()["pjengine_requests_running"] == 12)
+        for pid in (*pids, fresh.process.pid):  # as Ctrl-C reaches the whole group
+            os.kill(pid, signal.SIGINT)
+        assert {future.result().json()["choices"][0]["text"] for future in futures} == {"ab" * 50}
+    assert fresh.process.wait(10) == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert "Traceback" not in fresh.log
+
+
+def test_an_engine_that_cannot_start_says_so_once() -> None:
+    command = fake_command("memory", api_processes=PROCESSES)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, timeout=60, text=True)
+    assert (done.returncode, done.stderr) == (1, "pjengine: error: weights take 80 GiB, the device has 24 GiB\n")
+
+
+def test_a_port_is_not_shared_with_another_server(several: LiveServer) -> None:
+    port = int(several.url.rsplit(":", 1)[1])
+    command = ["-m", "pjengine", "serve", "/no/such/model", "--port", str(port), "--api-processes", "2"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, timeout=60, text=True)
+    assert done.returncode == 1
+    assert "Address already in use; choose another --port" in done.stderr
+    with socket.create_connection(("127.0.0.1", port)):
+        pass
