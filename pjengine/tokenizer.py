@@ -101,6 +101,33 @@ class Tokenizer:
         _check_unicode(texts)
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
+    def encode_pairs(
+        self, first: str, seconds: Sequence[str], max_tokens: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Token ids and token types of the pair that a text makes with each of others, special tokens included.
+
+        Args:
+          max_tokens: longer pairs lose the end of their second text.
+        Raises:
+          InvalidRequest: a text is no valid Unicode, or the first leaves the second no room.
+        """
+        _check_unicode([first, *seconds])
+        head = self.backend.encode(first, add_special_tokens=False)
+        bodies = self.backend.encode_batch(list(seconds), add_special_tokens=False)
+        if max_tokens is not None:
+            taken = len(head) + self.backend.num_special_tokens_to_add(True)
+            if taken >= max_tokens:
+                raise InvalidRequest(
+                    f"query: {taken} tokens with the special ones, so a pair of {max_tokens} tokens has no room for a "
+                    "document; shorten it",
+                    field="query",
+                    code="context_length_exceeded",
+                )
+            for body in bodies:
+                body.truncate(max_tokens - taken)
+        pairs = [self.backend.post_process(head, body) for body in bodies]
+        return [(pair.ids, pair.type_ids) for pair in pairs]
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. InvalidRequest for an id that cannot be one."""
         try:
