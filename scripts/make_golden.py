@@ -10,8 +10,9 @@ model.safetensors, bfloat16). Only outputs are kept of the two real models. Noth
 
 golden.safetensors of
 - a random decoder: `tokens` int32 [T] of ragged sequences with borders `starts` int32 [R + 1]; `logits` [T, vocab];
-- a random embedder: `tokens`, `starts`, `hidden` [T, hidden_size]; of BERT also `token_types` int32 [T];
-- a random classifier: `tokens`, `starts`, `logits` [R, labels]; of BERT also `token_types`;
+- a random embedder: `tokens`, `starts`, `hidden` [T, hidden_size]; where there are two token types also `token_types`
+  int32 [T];
+- a random classifier: `tokens`, `starts`, `logits` [R, labels]; `token_types` as above;
 - SmolLM2: `tokens`, `starts` of 8 chat prompts, each with its greedy continuation of 64 tokens, end-of-text ignored;
   `prompt_lens` [8]. Of the logits [8, 64, vocab] that chose the continuations, too big to keep whole: a fixed random
   subset of the vocabulary, `columns` [512] and `logits` [8, 64, 512]; `logsumexp` [8, 64]; the highest two, `top_ids`
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
@@ -40,9 +41,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     DistilBertConfig,
+    Gemma3TextConfig,
+    GteConfig,
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
+    NomicBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -97,6 +101,14 @@ MODERNBERT: dict[str, Any] = {
     "cls_token_id": 1,
     "sep_token_id": 2,
 }
+GEMMA3: dict[str, Any] = {
+    "use_bidirectional_attention": True,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 QWEN2_WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 
 # Grouped, multi-query and multi-head attention; scaled rotary; windows on all layers and on some: each in one of them.
@@ -113,12 +125,23 @@ RANDOM_EMBEDDERS: dict[str, PreTrainedConfig] = {
     "xlm-roberta": XLMRobertaConfig(**{**ROBERTA, "num_attention_heads": 8}),
     "distilbert": DistilBertConfig(**DISTILBERT),
     "modernbert": ModernBertConfig(**SHAPE, **MODERNBERT),
+    "nomic_bert": NomicBertConfig(**SHAPE),
+    "gte": GteConfig(**SHAPE, type_vocab_size=2),
+    "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA3),
     "qwen3-embedding": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
 }
 # Smaller: their encoders are those of above.
 HEADED: dict[str, Any] = {**SHAPE, "vocab_size": 128, "num_hidden_layers": 2}
 RANDOM_CLASSIFIERS: dict[str, PreTrainedConfig] = {
     "bert-classifier": BertConfig(**HEADED, num_labels=1),
+    "roberta-classifier": RobertaConfig(**{**ROBERTA, **HEADED}, num_labels=3),
+    "xlm-roberta-classifier": XLMRobertaConfig(**{**ROBERTA, **HEADED}, num_labels=1),
+    "distilbert-classifier": DistilBertConfig(**{**DISTILBERT, "vocab_size": 128, "n_layers": 2}, num_labels=2),
+    "modernbert-classifier": ModernBertConfig(
+        **HEADED, **MODERNBERT, num_labels=1, classifier_pooling="mean", classifier_bias=True
+    ),
+    "gte-classifier": GteConfig(**HEADED, num_labels=1),
+    "qwen3-classifier": Qwen3Config(**HEADED, num_key_value_heads=2, head_dim=16, num_labels=1, pad_token_id=None),
 }
 LENGTHS = (1, 7, 40, 19, 64)
 
@@ -175,8 +198,12 @@ def write_random_model(
     config: PreTrainedConfig,
     architecture: type[AutoModel | AutoModelForCausalLM | AutoModelForSequenceClassification],
     folder: Path,
+    rope_frequencies: torch.Tensor | None = None,
 ) -> None:
-    """One checkpoint with weights that make every part of the model matter, and its float32 outputs."""
+    """One checkpoint with weights that make every part of the model matter, and its float32 outputs.
+
+    rope_frequencies: radians per position, in place of the config's.
+    """
     config.dtype = "bfloat16"
     if architecture is AutoModelForCausalLM:
         config.pad_token_id = None
@@ -187,11 +214,13 @@ def write_random_model(
 
     # Read back: the cast above also rounded the rotary frequencies.
     model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
+    if rope_frequencies is not None:
+        model.rotary_emb.inv_freq = rope_frequencies
     first = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # it gives padding no position
     tokens = [torch.randint(first, config.vocab_size, (length,)) for length in LENGTHS]
     golden = {"tokens": torch.cat(tokens).int(), "starts": borders(tokens)}
     segments: list[dict[str, torch.Tensor]] = [{} for _ in tokens]
-    if config.model_type == "bert":
+    if getattr(config, "type_vocab_size", 0) == 2:
         types = [torch.arange(length) * 2 // length for length in LENGTHS]
         golden["token_types"] = torch.cat(types).int()
         segments = [{"token_type_ids": s[None]} for s in types]
@@ -205,6 +234,25 @@ def write_random_model(
     save_file(golden, folder / "golden.safetensors")
 
 
+def write_new(folder: Path) -> None:
+    """GTE as its authors' code saves it, whose model_type is "new", with the rotation that their "ntk" scaling makes.
+
+    That code is no part of transformers, which has the same model as "gte": this is its reference, its checkpoint
+    renamed, its rotation computed here: base times factor, frequencies over factor ** (2 / head_dim).
+    """
+    theta, factor, size = 160000.0, 2.0, SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    frequencies = (theta * factor) ** (-torch.arange(0, size, 2) / size) / factor ** (2 / size)
+    write_random_model(GteConfig(**SHAPE), AutoModel, folder, frequencies)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"model_type": "new", "architectures": ["NewModel"], "rope_theta": theta, "pack_qkv": True}
+    config |= {"rope_scaling": {"type": "ntk", "factor": factor}, "position_embedding_type": "rope"}
+    config |= {"layer_norm_type": "layer_norm", "logn_attention_scale": False, "unpad_inputs": True}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"new.{name}": weight for name, weight in weights.items()}, folder / "model.safetensors")
+
+
 def randomise(model: PreTrainedModel) -> None:
     """Matrices that keep a vector's length, norms about 1, biases about 0."""
     for name, weight in model.named_parameters():
@@ -213,8 +261,8 @@ def randomise(model: PreTrainedModel) -> None:
             weight.data.normal_(0, std)
         elif name.endswith("bias"):
             weight.data.normal_(0, 0.2)
-        else:
-            weight.data.normal_(1, 0.2)
+        else:  # Gemma's norms add 1 to their weights
+            weight.data.normal_(0 if model.config.model_type == "gemma3_text" else 1, 0.2)
 
 
 def write_smollm2(gguf: Path, folder: Path) -> None:
@@ -276,6 +324,7 @@ def main() -> None:
     ):
         for name, config in configs.items():
             writers[name] = functools.partial(write_random_model, config, architecture)
+    writers["new"] = write_new
     if arguments.smollm2:
         writers["smollm2-135m-instruct"] = functools.partial(write_smollm2, arguments.smollm2)
     if arguments.minilm:

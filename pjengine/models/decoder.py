@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 
 from pjengine.errors import ModelError
+from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import causal_attention, linear, rms_norm, split_heads, swiglu, unembed
 from pjengine.models.params import ParamSpec, linear_specs
@@ -138,6 +139,11 @@ def forward(
 def logits(params: dict[str, Any], hidden: jax.Array, config: DecoderConfig) -> jax.Array:
     """float32 [N, vocab_size] of hidden [N, hidden_size]."""
     return unembed(hidden, params["embed"].T if config.tie_word_embeddings else params["lm_head"])
+
+
+def classifier(hf: HFConfig) -> Head:
+    """The head of a decoder's …ForSequenceClassification: the last token's score, as of converted Qwen3-Rerankers."""
+    return class_head(hf, "last", Dense("score", int(required(hf, "hidden_size")), len(class_labels(hf)), bias=False))
 
 
 # Compiled as part of its caller; the jit makes one trace serve all layers.

@@ -7,9 +7,10 @@ from typing import Any, Self
 from pjengine.errors import ModelError
 from pjengine.models import encoder
 from pjengine.models.encoder import EncoderConfig, LayerNames, cache_specs, forward
+from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig, allow, required
 
-__all__ = ["Config", "cache_specs", "forward", "param_specs"]
+__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs"]
 
 _NAMES = LayerNames(
     layers="transformer.layer",
@@ -48,3 +49,10 @@ class Config(EncoderConfig):
 def param_specs(config: EncoderConfig) -> dict[str, Any]:
     """Weights by name, as `encoder.param_specs`."""
     return encoder.param_specs(config, _NAMES)
+
+
+def classifier(hf: HFConfig) -> Head:
+    """The head of DistilBertForSequenceClassification."""
+    size = Config.from_hf(hf).hidden_size
+    dense = Dense("pre_classifier", size, size, "relu")
+    return class_head(hf, "cls", dense, Dense("classifier", size, len(class_labels(hf))))

@@ -10,7 +10,7 @@ import jax
 
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import gelu, layer_norm, linear, split_heads
-from pjengine.models.params import ParamSpec, linear_specs
+from pjengine.models.params import ParamSpec, linear_specs, norm_specs
 from pjengine.pallas_kernels import packed_attention
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
@@ -82,7 +82,7 @@ def param_specs(config: EncoderConfig, names: LayerNames = BERT_NAMES) -> dict[s
     specs = {
         "embed": table(config.vocab_size, "vocab", "word"),
         "position_embed": table(config.max_position_embeddings + config.position_offset, None, "position"),
-        **_norm_specs("embed_norm", "embeddings.LayerNorm", hidden),
+        **norm_specs("embed_norm", "embeddings.LayerNorm", hidden),
         "layers": [_layer_specs(config, names, f"{names.layers}.{i}") for i in range(config.num_layers)],
     }
     if config.type_vocab_size:
@@ -96,17 +96,10 @@ def _layer_specs(config: EncoderConfig, names: LayerNames, prefix: str) -> dict[
     return {
         **linear_specs("qkv", hidden, qkv, [f"{prefix}.{module}" for module in names.qkv], bias=True),
         **linear_specs("o", heads, hidden, [f"{prefix}.{names.o}"], bias=True),
-        **_norm_specs("attn_norm", f"{prefix}.{names.attn_norm}", config.hidden_size),
+        **norm_specs("attn_norm", f"{prefix}.{names.attn_norm}", config.hidden_size),
         **linear_specs("up", hidden, mlp, [f"{prefix}.{names.up}"], bias=True),
         **linear_specs("down", mlp, hidden, [f"{prefix}.{names.down}"], bias=True),
-        **_norm_specs("mlp_norm", f"{prefix}.{names.mlp_norm}", config.hidden_size),
-    }
-
-
-def _norm_specs(name: str, source: str, size: int) -> dict[str, ParamSpec]:
-    return {
-        name: ParamSpec((size,), (None,), (f"{source}.weight",), init="ones"),
-        f"{name}_bias": ParamSpec((size,), (None,), (f"{source}.bias",), init="zeros"),
+        **norm_specs("mlp_norm", f"{prefix}.{names.mlp_norm}", config.hidden_size),
     }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Self
 
-from pjengine.models.decoder import DecoderConfig, cache_specs, forward, logits, param_specs
+from pjengine.models.decoder import DecoderConfig, cache_specs, classifier, forward, logits, param_specs
 from pjengine.models.hf_config import HFConfig
 
-__all__ = ["Config", "cache_specs", "forward", "logits", "param_specs"]
+__all__ = ["Config", "cache_specs", "classifier", "forward", "logits", "param_specs"]
 
 
 class Config(DecoderConfig):

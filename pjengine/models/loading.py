@@ -30,11 +30,11 @@ _READ_AHEAD = READ_THREADS  # parameters in host memory at once
 # Tensors of which no parameter is made: computed tables, and heads that embeddings do not use.
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)"
-    r"|((bert|roberta)\.)?pooler\.dense\.\w+|cls\..*|lm_head\.(bias|(dense|layer_norm|decoder)\.\w+)"
+    r"|(\w+\.)?pooler\.dense\.\w+|cls\..*|lm_head\.(bias|(dense|layer_norm|decoder)\.\w+)"
     r"|vocab_(transform|layer_norm|projector)\.\w+|head\.(dense|norm)\.\w+|decoder\.(weight|bias)"
     r"|(pre_)?classifier\.(\w+\.)?(weight|bias)|score\.weight"
 )
-_ENCODER_PREFIXES = ("bert.", "roberta.", "distilbert.")
+_ENCODER_PREFIXES = ("bert.", "roberta.", "distilbert.", "nomic_bert.", "gte.", "new.", "mpnet.")
 _HEAD = "lm_head.weight"
 
 

@@ -8,15 +8,13 @@ from typing import Any, Self
 
 import jax
 
-from pjengine.errors import ModelError
+from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig, allow, head_dim, layer_windows, required
 from pjengine.models.layers import geglu, layer_norm, linear, split_heads
 from pjengine.models.params import ParamSpec, linear_specs
-from pjengine.models.rope import Rope
+from pjengine.models.rope import Rope, layer_ropes
 from pjengine.pallas_kernels import apply_rope, packed_attention
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
-
-_GLOBAL_THETA, _LOCAL_THETA = 160000.0, 10000.0  # where config.json is silent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,10 @@ class Config:
         for bias in ("attention_bias", "mlp_bias", "norm_bias"):
             allow(hf, bias, False)
         allow(hf, "quantization_config", None)
-        global_rope, local_rope = _ropes(hf)
+        allow(hf, "rope_scaling", None)
+        global_rope, local_rope = layer_ropes(
+            hf, head_dim(hf), ("global_rope_theta", 160000.0), ("local_rope_theta", 10000.0)
+        )
         return cls(
             vocab_size=int(required(hf, "vocab_size")),
             hidden_size=int(required(hf, "hidden_size")),
@@ -71,23 +72,6 @@ def _windows(hf: HFConfig) -> tuple[int | None, ...]:
         kinds = ["sliding_attention" if i % every else "full_attention" for i in layers]
     window = int(hf.get("local_attention", 128)) // 2 + 1
     return layer_windows({**hf, "layer_types": kinds, "use_sliding_window": True, "sliding_window": window})
-
-
-def _ropes(hf: HFConfig) -> tuple[Rope, Rope]:
-    """Of global and of local layers: `rope_parameters` per layer type (transformers 5), or two thetas (before)."""
-    allow(hf, "rope_scaling", None)
-    size, parameters = head_dim(hf), hf.get("rope_parameters")
-    if parameters is None:
-        theta = float(hf.get("global_rope_theta", _GLOBAL_THETA))
-        return Rope(size, theta), Rope(size, float(hf.get("local_rope_theta", _LOCAL_THETA) or theta))
-    kinds = {"full_attention": _GLOBAL_THETA, "sliding_attention": _LOCAL_THETA}
-    if not parameters.keys() <= kinds.keys():
-        raise ModelError(f"rope_parameters: expected a set for each of {', '.join(kinds)}, got {sorted(parameters)}")
-    global_rope, local_rope = (
-        Rope.from_hf({**hf, "rope_parameters": {"rope_theta": theta, **(parameters.get(kind) or {})}}, size)
-        for kind, theta in kinds.items()
-    )
-    return global_rope, local_rope
 
 
 def param_specs(config: Config) -> dict[str, Any]:
@@ -119,6 +103,26 @@ def _layer_specs(config: Config, layer: int) -> dict[str, ParamSpec]:
 
 def _norm_spec(config: Config, module: str) -> ParamSpec:
     return ParamSpec((config.hidden_size,), (None,), (f"{module}.weight",), init="ones")
+
+
+def classifier(hf: HFConfig) -> Head:
+    """The head of ModernBertForSequenceClassification: gte-reranker-modernbert and other cross-encoders."""
+    allow(hf, "classifier_activation", "gelu")
+    allow(hf, "classifier_pooling", "cls", "mean")
+    config = Config.from_hf(hf)
+    size = config.hidden_size
+    dense = Dense(
+        "head.dense",
+        size,
+        size,
+        "gelu",
+        bias=bool(hf.get("classifier_bias", False)),
+        norm="head.norm",
+        norm_bias=False,
+        norm_eps=config.norm_eps,
+    )
+    out = Dense("classifier", size, len(class_labels(hf)))
+    return class_head(hf, hf.get("classifier_pooling", "cls"), dense, out)
 
 
 def cache_specs(config: Config) -> tuple[CacheSpec, ...]:

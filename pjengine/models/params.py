@@ -65,6 +65,14 @@ def linear_specs(
     return specs
 
 
+def norm_specs(name: str, module: str, size: int) -> dict[str, ParamSpec]:
+    """Weight and bias ("{name}_bias") of a layer norm. module: checkpoint name of the torch.nn.LayerNorm."""
+    return {
+        name: ParamSpec((size,), (None,), (f"{module}.weight",), init="ones"),
+        f"{name}_bias": ParamSpec((size,), (None,), (f"{module}.bias",), init="zeros"),
+    }
+
+
 def is_spec(x: object) -> bool:
     return isinstance(x, ParamSpec)
 

@@ -7,7 +7,21 @@ from types import ModuleType
 
 from pjengine.errors import ModelError
 
-MODEL_TYPES = ("bert", "distilbert", "llama", "mistral", "modernbert", "qwen2", "qwen3", "roberta", "xlm-roberta")
+MODEL_TYPES = (
+    "bert",
+    "distilbert",
+    "gemma3_text",
+    "gte",
+    "llama",
+    "mistral",
+    "modernbert",
+    "new",
+    "nomic_bert",
+    "qwen2",
+    "qwen3",
+    "roberta",
+    "xlm-roberta",
+)
 
 
 def get(model_type: str) -> ModuleType:

@@ -90,3 +90,30 @@ class Rope:
         """Cosine and sine of each token's angles, float32 [T, head_dim // 2] both, of positions int32 [T]."""
         angles = positions.astype(jnp.float32)[:, None] * self.frequencies()
         return jnp.cos(angles), jnp.sin(angles)
+
+
+def layer_ropes(
+    hf: HFConfig, head_dim: int, global_theta: tuple[str, float], local_theta: tuple[str, float]
+) -> tuple[Rope, Rope]:
+    """Rotation of global layers and of those with a window.
+
+    `rope_parameters` has a set for each (transformers 5), or each has a field for its base (before).
+
+    Args:
+      global_theta, local_theta: the field of each base, and its value where config.json is silent. A local one that is
+        null is the global one.
+    """
+    parameters = hf.get("rope_parameters")
+    (global_field, global_default), (local_field, local_default) = global_theta, local_theta
+    if parameters is None:
+        theta = float(hf.get(global_field) or global_default)
+        local = float(hf.get(local_field, local_default) or theta)
+        return Rope.from_hf({**hf, "rope_theta": theta}, head_dim), Rope(head_dim, local)
+    kinds = {"full_attention": global_default, "sliding_attention": local_default}
+    if not parameters.keys() <= kinds.keys():
+        raise ModelError(f"rope_parameters: expected a set for each of {', '.join(kinds)}, got {sorted(parameters)}")
+    global_rope, local_rope = (
+        Rope.from_hf({**hf, "rope_parameters": {"rope_theta": theta, **(parameters.get(kind) or {})}}, head_dim)
+        for kind, theta in kinds.items()
+    )
+    return global_rope, local_rope

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 from pjengine.errors import ModelError
-from pjengine.models import bert, distilbert, llama, mistral, modernbert, qwen2, qwen3, roberta
+from pjengine.models import (
+    bert,
+    distilbert,
+    gemma3_text,
+    gte,
+    llama,
+    mistral,
+    modernbert,
+    nomic_bert,
+    qwen2,
+    qwen3,
+    roberta,
+)
 from pjengine.models.rope import LinearScaling, Llama3Scaling, Rope
 from pjengine.step_inputs import cache_groups
 
@@ -211,6 +223,70 @@ def test_modernbert_local_layers_without_a_theta_of_their_own() -> None:
     assert modernbert.Config.from_hf(MODERNBERT | {"local_rope_theta": None}).local_rope == Rope(16, 160000.0)
 
 
+NOMIC = {
+    "model_type": "nomic_bert",
+    "activation_function": "swiglu",
+    "vocab_size": 256,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_inner": 160,
+    "n_layer": 4,
+    "n_positions": 8192,
+    "layer_norm_epsilon": 1e-12,
+    "rotary_emb_base": 1000,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "rotary_scaling_factor": None,
+    "prenorm": False,
+    "qkv_proj_bias": False,
+    "type_vocab_size": 2,
+}
+
+
+def test_nomic_as_its_authors_write_it() -> None:
+    config = nomic_bert.Config.from_hf(NOMIC)
+    assert config == nomic_bert.Config.from_hf(
+        {field: value for field, value in BASE.items() if field != "hidden_act"}
+        | {"max_position_embeddings": 8192, "rope_parameters": {"rope_theta": 1000.0}}
+    )
+    assert (config.rope, config.num_layers, config.max_position_embeddings) == (Rope(16, 1000.0), 4, 8192)
+
+
+def test_nomic_that_scales_its_rotation_ends_where_its_training_did() -> None:
+    config = nomic_bert.Config.from_hf(NOMIC | {"rotary_scaling_factor": 2, "max_trained_positions": 512})
+    assert config.max_position_embeddings == 512
+
+
+GEMMA = {
+    **{field: value for field, value in BASE.items() if field != "hidden_act"},
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "use_bidirectional_attention": True,
+    "sliding_window": 512,
+    "query_pre_attn_scalar": 256,
+}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"sliding_window_pattern": 2, "rope_theta": 5e5, "rope_local_base_freq": 1e3},
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e3}},
+        },
+    ],
+)
+def test_gemma_of_every_spelling(spelling: dict[str, Any]) -> None:
+    config = gemma3_text.Config.from_hf(GEMMA | spelling)
+    assert config.windows == (257, None, 257, None)  # 256 tokens on each side
+    assert (config.global_rope, config.local_rope, config.scale) == (Rope(16, 5e5), Rope(16, 1e3), 1 / 16)
+
+
+GTE = BASE | {"hidden_act": "gelu", "model_type": "gte", "rope_theta": 1e5}
+
+
 @pytest.mark.parametrize(
     ("module", "fields", "message"),
     [
@@ -243,13 +319,22 @@ def test_modernbert_local_layers_without_a_theta_of_their_own() -> None:
         (modernbert, {"layer_types": ["full_attention"]}, "layer_types: expected one for each of 4 layers, got 1"),
         (modernbert, {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters: expected a set for each of full_att"),
         (modernbert, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected None"),
+        (nomic_bert, {"moe_every_n_layers": 2}, "moe_every_n_layers: expected None or 0"),
+        (nomic_bert, {"rotary_emb_fraction": 0.5}, "rotary_emb_fraction: expected 1"),
+        (nomic_bert, {"qkv_proj_bias": True}, "qkv_proj_bias: expected False"),
+        (gemma3_text, {"use_bidirectional_attention": False}, "use_bidirectional_attention: expected True"),
+        (gemma3_text, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected None"),
+        (gte, {"layer_norm_type": "rms_norm"}, "layer_norm_type: expected 'layer_norm'"),
+        (gte, {"logn_attention_scale": True}, "logn_attention_scale: expected False"),
+        (gte, {"rope_scaling": {"type": "ntk", "factor": 2.0, "mixed_b": 0.6}}, "mixed_b: expected None"),
         (distilbert, {"activation": "relu"}, "activation: expected 'gelu'"),
         (distilbert, {"n_heads": 5}, "dim: 64 .* n_heads 5"),
         (distilbert, {"hidden_dim": None}, "hidden_dim: missing from the config of this distilbert model"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(module: Any, fields: dict[str, Any], message: str) -> None:
-    base = {bert: BERT, roberta: BERT, distilbert: DISTILBERT, modernbert: MODERNBERT}.get(module, BASE)
+    bases = {bert: BERT, roberta: BERT, distilbert: DISTILBERT, modernbert: MODERNBERT}
+    base = (bases | {nomic_bert: NOMIC, gemma3_text: GEMMA, gte: GTE}).get(module, BASE)
     module.Config.from_hf(base)
     with pytest.raises(ModelError, match=message):
         module.Config.from_hf(base | fields)

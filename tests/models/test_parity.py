@@ -18,8 +18,27 @@ from pjengine.step_inputs import KVCache, StepInputs, packed_inputs
 from tests.helpers import GOLDEN, PagedSequences, load_golden, relative_error, split_rows
 
 DECODERS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
-EMBEDDERS = ("bert", "distilbert", "modernbert", "qwen3-embedding", "roberta", "xlm-roberta")
-CLASSIFIERS = ("bert-classifier",)
+EMBEDDERS = (
+    "bert",
+    "distilbert",
+    "gemma3_text",
+    "gte",
+    "modernbert",
+    "new",
+    "nomic_bert",
+    "qwen3-embedding",
+    "roberta",
+    "xlm-roberta",
+)
+CLASSIFIERS = (
+    "bert-classifier",
+    "distilbert-classifier",
+    "gte-classifier",
+    "modernbert-classifier",
+    "qwen3-classifier",
+    "roberta-classifier",
+    "xlm-roberta-classifier",
+)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)

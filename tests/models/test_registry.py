@@ -17,7 +17,17 @@ from pjengine.models.params import ParamSpec, init_params, is_spec
 from pjengine.step_inputs import CacheSpec, packed_inputs
 from tests.helpers import GOLDEN
 
-ENCODERS = {"bert", "distilbert", "modernbert", "roberta", "xlm-roberta"}
+ENCODERS = {
+    "bert",
+    "distilbert",
+    "gemma3_text",
+    "gte",
+    "modernbert",
+    "new",
+    "nomic_bert",
+    "roberta",
+    "xlm-roberta",
+}
 
 every_model = pytest.mark.parametrize("model_type", registry.MODEL_TYPES)
 
