@@ -4,6 +4,8 @@ processes.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from pjengine.sampling_params import SamplingParams
@@ -17,6 +19,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
       prompt_token_ids: at least one id, each below the model's vocabulary size.
       params: how to sample; None for engines that do not generate.
       token_type_ids: the segment of each token, 0 for a pair's first text and 1 for its second; None: all 0.
+      input_type: of an embedding request: documents let queries go first.
       priority: lower runs first; equal priorities run first come, first served.
       cache_salt: prefix-cache pages are shared only between requests with the same salt.
       arrival_time: `time.monotonic()` seconds at which the user's request came in; None: when the engine got it.
@@ -26,6 +29,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     params: SamplingParams | None = None
     token_type_ids: list[int] | None = None
+    input_type: Literal["query", "document"] = "query"
     priority: int = 0
     cache_salt: str | None = None
     arrival_time: float | None = None

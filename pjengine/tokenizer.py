@@ -96,10 +96,22 @@ class Tokenizer:
         _check_unicode([text])
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """As `encode` for each text, in parallel."""
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """As `encode` for each text, in parallel.
+
+        Args:
+          max_tokens: a text of more tokens, special ones included, loses its end; the special tokens stay.
+        """
         _check_unicode(texts)
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        ids = [e.ids for e in encoded]
+        if max_tokens is not None:
+            for i, text in enumerate(texts):
+                if len(ids[i]) > max_tokens:
+                    ids[i] = self._cut(text, add_special_tokens, max_tokens)
+        return ids
 
     def encode_pairs(
         self, first: str, seconds: Sequence[str], max_tokens: int | None = None
@@ -156,6 +168,17 @@ class Tokenizer:
         return self.chat_template.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
+
+    def _cut(self, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
+        added = self.backend.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+        if max_tokens <= added:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens: {max_tokens} leaves no room beside the {added} special tokens; ask for more",
+                field="truncate_prompt_tokens",
+            )
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding.truncate(max_tokens - added)
+        return self.backend.post_process(encoding, add_special_tokens=add_special_tokens).ids
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self.backend.id_to_token(token_id) or ""

@@ -92,15 +92,19 @@ class ServerContext:
         """Token ids of a text; long ones are tokenized in a thread."""
         return (await self.encode_batch([text], field, add_special_tokens))[0]
 
-    async def encode_batch(self, texts: list[str], field: str, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text; many or long ones are tokenized in a thread."""
+    async def encode_batch(
+        self, texts: list[str], field: str, add_special_tokens: bool, max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of each text, cut to `max_tokens`; many or long ones are tokenized in a thread."""
         tokenizer = self.require_tokenizer(field)
         if sum(map(len, texts)) < INLINE_CHARACTERS:
-            return tokenizer.encode_batch(texts, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
+            return tokenizer.encode_batch(texts, add_special_tokens, max_tokens)
+        return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens, max_tokens)
 
-    async def encode_prompts(self, given: str | list[Any], field: str, add_special_tokens: bool) -> list[EncodedPrompt]:
-        """OpenAI's four forms of a prompt: a string, strings, token ids, lists of token ids.
+    async def encode_prompts(
+        self, given: str | list[Any], field: str, add_special_tokens: bool, max_tokens: int | None = None
+    ) -> list[EncodedPrompt]:
+        """OpenAI's four forms of a prompt: a string, strings, token ids, lists of token ids; cut to `max_tokens`.
 
         Raises:
           InvalidRequest: there is no prompt in it.
@@ -112,8 +116,8 @@ class ServerContext:
         if isinstance(given[0], int):
             given = [given]
         if isinstance(given[0], list):
-            return [EncodedPrompt(ids) for ids in given]
-        encoded = await self.encode_batch(given, field, add_special_tokens)
+            return [EncodedPrompt(ids[:max_tokens]) for ids in given]
+        encoded = await self.encode_batch(given, field, add_special_tokens, max_tokens)
         return [EncodedPrompt(ids, text) for text, ids in zip(given, encoded, strict=True)]
 
 

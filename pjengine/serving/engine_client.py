@@ -112,10 +112,6 @@ class EngineClient:
     def open_requests(self) -> int:
         return len(self._submissions)
 
-    def new_ids(self, count: int) -> list[str]:
-        """Ids for requests, unique in this server."""
-        return [f"{self._name}.{i}" for i in itertools.islice(self._ids, count)]
-
     async def wait_dead(self) -> str:
         """Returns the reason when the engine has died."""
         return await asyncio.shield(self._dead)

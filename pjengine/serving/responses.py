@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import orjson
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -10,6 +13,11 @@ from pjengine.serving.errors import logger, to_api_error
 
 def json_response(model: BaseModel) -> Response:
     return Response(model.model_dump_json(), media_type="application/json")
+
+
+def arrays_response(fields: dict[str, Any]) -> Response:
+    """Of plain data and float32 arrays, whose numbers are written as short as they read back the same."""
+    return Response(orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
 def event_of_error(error: Exception) -> bytes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import struct
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.serving.fake_engine import make_tokenizer
@@ -24,7 +26,8 @@ def test_texts(embedder: LiveServer) -> None:
 def test_the_client_decodes_base64_to_the_same(embedder: LiveServer) -> None:
     client = embedder.client()  # asks for base64 unless told otherwise
     by_base64 = client.embeddings.create(model="fake", input="abc").data[0].embedding
-    assert by_base64 == client.embeddings.create(model="fake", input="abc", encoding_format="float").data[0].embedding
+    floats = client.embeddings.create(model="fake", input="abc", encoding_format="float").data[0].embedding
+    assert np.array(by_base64, np.float32).tolist() == np.array(floats, np.float32).tolist()
 
 
 def test_base64_is_little_endian_float32(embedder: LiveServer) -> None:
@@ -46,6 +49,49 @@ def test_many_inputs_keep_their_order(embedder: LiveServer) -> None:
     assert [e.embedding[1] for e in answer.data] == list(range(250))
 
 
+def test_dimensions(embedder: LiveServer) -> None:
+    def first(**options: Any) -> np.ndarray:
+        answer = embedder.client().embeddings.create(model="fake", input=[5, 6, 7], **options)
+        return np.array(answer.data[0].embedding)
+
+    whole, short = first(), first(dimensions=2)
+    np.testing.assert_allclose(short, whole[:2] / np.linalg.norm(whole[:2]), rtol=1e-6)
+    np.testing.assert_allclose(first(dimensions=4), whole / np.linalg.norm(whole), rtol=1e-6)
+    np.testing.assert_allclose(first(dimensions=2, encoding_format="float"), short, rtol=1e-6)
+    answer = embedder.post("/v1/embeddings", {"input": "a", "dimensions": 5})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        "dimensions: 5, but the embeddings of fake have 4 elements; ask for 1 to 4"
+    )
+
+
+def test_floats_are_the_float32_values(embedder: LiveServer) -> None:
+    found = embedder.post("/v1/embeddings", {"input": [5, 6, 7]})
+    assert '"embedding":[3.0,5.0,7.0,0.1]' in found.text  # and not 0.10000000149011612
+
+
+def test_long_inputs_are_cut_where_asked(embedder: LiveServer) -> None:
+    def tokens(text: str | list[int], length: int | None) -> list[float]:
+        answer = embedder.post("/v1/embeddings", {"input": text, "truncate_prompt_tokens": length})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens"] == answer.json()["data"][0]["embedding"][0]
+        found: list[float] = answer.json()["data"][0]["embedding"][:3]
+        return found
+
+    assert tokens("abcdef", 3) == [3, ord("a"), ord("c")]
+    assert tokens("ab", 3) == [2, ord("a"), ord("b")]
+    assert tokens("x" * 600 + "y", -1) == [512, ord("x"), ord("x")]
+    assert tokens([1, 2, 3, 4], 2) == [2, 1, 2]
+
+
+def test_2048_inputs_and_no_more(embedder: LiveServer) -> None:
+    answer = embedder.post("/v1/embeddings", {"input": ["a"] * 2048, "input_type": "document"})
+    assert len(answer.json()["data"]) == 2048
+    refused = embedder.post("/v1/embeddings", {"input": [[1]] * 2049})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "input: has 2049 inputs; send at most 2048 a request"
+
+
 def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:
     answer = embedder.post("/v1/embeddings", {"input": ["a", "<fail>"]})
     assert answer.status_code == 500
@@ -64,7 +110,10 @@ def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:
         ({"input": "x" * 513}, "input"),
         ({"input": [400]}, "input"),
         ({"input": [-1]}, "input"),
-        ({"input": "a", "dimensions": 3}, "dimensions"),
+        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"input": "a", "input_type": "clustering"}, "input_type"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "a", "inputs": "a"}, "inputs"),
         ({}, "input"),

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from pjengine.serving.protocol.base import Ignored, RequestModel, ResponseModel, Unsupported, Usage
+from pjengine.serving.protocol.base import ResponseModel, Usage
 from pjengine.serving.protocol.completions import Prompt
+from pjengine.serving.protocol.pooling import MAX_INPUTS, PoolingRequest
 
 
-class EmbeddingRequest(RequestModel):
-    model: str | None = Field(None, description="A name that /v1/models lists; null: the model that is served.")
-    input: Prompt
+def _at_most(value: Any) -> Any:
+    if isinstance(value, list) and value and not isinstance(value[0], int) and len(value) > MAX_INPUTS:
+        raise PydanticCustomError(
+            "too_many", "has {found} inputs; send at most {most} a request", {"found": len(value), "most": MAX_INPUTS}
+        )
+    return value
+
+
+class EmbeddingRequest(PoolingRequest):
+    input: Annotated[Prompt, AfterValidator(_at_most)]
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: of little-endian float32 values.")
+    dimensions: int | None = Field(
+        None, description="The first so many elements of each embedding, scaled to length 1 (Matryoshka models)."
+    )
+    input_type: Literal["query", "document"] = Field("query", description="Queries overtake documents in the engine.")
     add_special_tokens: bool = Field(
         True, description="Wrap texts in the model's special tokens. Token ids are taken as they are."
     )
-    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
-    user: Ignored = None
-    dimensions: Unsupported = None
 
 
 class Embedding(ResponseModel):

@@ -1,0 +1,78 @@
+"""From token ids to the vectors of an engine that embeds or classifies: what its endpoints share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from pjengine.request import Request
+from pjengine.request_checks import check_prompt
+from pjengine.serving.context import ServerContext
+from pjengine.serving.errors import GenerationError
+from pjengine.serving.protocol.base import Usage
+from pjengine.serving.protocol.pooling import PoolingRequest
+
+
+def max_tokens(context: ServerContext, body: PoolingRequest) -> int | None:
+    """What `truncate_prompt_tokens` asks for: the most tokens of an input; None: inputs are not cut."""
+    given, window = body.truncate_prompt_tokens, context.info.max_model_len
+    return window if given == -1 else given
+
+
+def usage_of(token_ids: Sequence[Sequence[int]]) -> Usage:
+    tokens = sum(map(len, token_ids))
+    return Usage(prompt_tokens=tokens, total_tokens=tokens)
+
+
+async def run_pooled(
+    context: ServerContext,
+    token_ids: Sequence[list[int]],
+    *,
+    field: str,
+    priority: int,
+    arrival: float,
+    input_type: Literal["query", "document"] = "query",
+    token_type_ids: Sequence[list[int] | None] | None = None,
+) -> np.ndarray:
+    """Each input's embedding or logits, in order: float32 [inputs, elements].
+
+    Args:
+      field: where the user gave the inputs, for errors.
+      arrival: of the HTTP request, `time.monotonic()`.
+      token_type_ids: segments of each input's tokens.
+    Raises:
+      InvalidRequest, EngineOverloaded, EngineDead: the engine does not take them.
+      GenerationError: the engine failed on one of them; the others are aborted.
+    """
+    shared = uuid.uuid4().hex
+    types = token_type_ids or [None] * len(token_ids)
+    requests = []
+    for i, (ids, segments) in enumerate(zip(token_ids, types, strict=True)):
+        check_prompt(ids, context.info, field=field)
+        requests.append(
+            Request(
+                request_id=f"{shared}.{i}",
+                prompt_token_ids=ids,
+                token_type_ids=segments,
+                input_type=input_type,
+                priority=priority,
+                arrival_time=arrival,
+            )
+        )
+    found: dict[str, bytes] = {}
+    submission = await context.client.submit(requests)
+    try:
+        async for arrived in submission:
+            for output, now in arrived:
+                vector = output.embedding if output.logits is None else output.logits
+                if vector is None:
+                    raise GenerationError(output.error or f"the engine ended the request: {output.finish_reason}")
+                found[output.request_id] = vector
+                context.metrics.timer(arrival).end("stop", now)
+    finally:
+        submission.close()
+    joined = b"".join([found[request.request_id] for request in requests])
+    return np.frombuffer(joined, "<f4").reshape(len(requests), -1)

@@ -1,0 +1,28 @@
+"""What the endpoints of models that embed, score or classify share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from pjengine.serving.protocol.base import Ignored, RequestModel
+
+MAX_INPUTS = 2048  # texts of one request, as at OpenAI
+
+
+def _length(value: int | None) -> int | None:
+    if value == 0:
+        raise PydanticCustomError("truncate_prompt_tokens", "should be -1, or at least 1")
+    return value
+
+
+class PoolingRequest(RequestModel):
+    model: str | None = Field(None, description="A name that /v1/models lists; null: the model that is served.")
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1), AfterValidator(_length)] = Field(
+        None,
+        description="Longer inputs lose their end: -1, beyond the model's window; N, beyond N tokens. null: refused.",
+    )
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
+    user: Ignored = None
