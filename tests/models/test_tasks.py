@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 from pjengine.activations import activate
@@ -18,11 +20,12 @@ from pjengine.embedding_engine import EmbeddingEngine
 from pjengine.engine import Engine
 from pjengine.errors import InvalidRequest, ModelError
 from pjengine.factory import make_engine
-from pjengine.models import load
+from pjengine.models import heads, load
 from pjengine.models.loading import model_of
 from pjengine.models.sources import resolve
 from pjengine.models.tasks import head_of
 from pjengine.request import Output, Request
+from pjengine.step_inputs import StepInputs, packed_inputs
 from tests.helpers import GOLDEN, load_golden, relative_error, split_rows
 
 
@@ -149,6 +152,56 @@ def test_dense_modules_that_cannot_be_honoured(dense: Path, tmp_path: Path, fiel
     write_json(file, json.loads(file.read_text()) | fields)
     with pytest.raises(ModelError, match=message):
         load(str(tmp_path))
+
+
+def logit_score(name: str, to: Path, **config: Any) -> Path:
+    """A golden decoder as sentence-transformers keeps a reranker that scores by two tokens' logits."""
+    path = copied(name, to)
+    kinds = {"Transformer": "", "LogitScore": "1_LogitScore"}
+    write_json(path / "modules.json", [{"type": f"sentence_transformers.{k}", "path": f} for k, f in kinds.items()])
+    write_json(path / "1_LogitScore/config.json", config)
+    return path
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])  # with an lm_head of its own, and with the embeddings
+@pytest.mark.parametrize("false", [3, None])
+def test_logit_score(tmp_path: Path, name: str, false: int | None) -> None:
+    path = logit_score(name, tmp_path, true_token_id=7, false_token_id=false)
+    golden, _ = load_golden(name)
+    model, params, config = load(str(path), dtype="float32")
+    head = head_of(resolve(str(path)), model, config)
+    assert head is not None
+    assert (head.task, head.labels, head.activation) == ("classify", ("relevance",), "sigmoid")
+
+    @jax.jit
+    def score(params: Any, inputs: StepInputs) -> jax.Array:
+        hidden, _ = model.forward(params, inputs, None, config)
+        return heads.apply(head, params, hidden, inputs)
+
+    last = golden["logits"][golden["starts"][1:] - 1]
+    expected = last[:, [7]] - (0 if false is None else last[:, [false]])
+    rows = split_rows(golden["tokens"], golden["starts"])
+    assert relative_error(score(params, packed_inputs(rows)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("config", [{}, {"true_token_id": "yes"}, {"true_token_id": 1, "false_token_id": -1}])
+def test_logit_score_without_token_ids(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"1_LogitScore.config\.json: (true|false)_token_id: expected a whole number"):
+        resolve(str(logit_score("qwen3", tmp_path, **config)))
+
+
+def test_yes_and_no_of_the_tokenizer(tmp_path: Path) -> None:
+    """Qwen3-Reranker as it was published: nothing but its name says that it is one, so the user does."""
+    path = copied("qwen3", tmp_path)
+    vocabulary = tokenizers.models.WordLevel({"a": 0, "no": 3, "yes": 7}, unk_token="a")
+    tokenizers.Tokenizer(vocabulary).save(str(path / "tokenizer.json"))
+    source = resolve(str(path))
+    head = head_of(source, *model_of(source), "classify")
+    assert head is not None
+    assert head.token_ids == (7, 3)
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
+    with pytest.raises(ModelError, match="it must have the tokens 'yes' and 'no'"):
+        head_of(source, *model_of(source), "classify")
 
 
 @pytest.mark.parametrize(
