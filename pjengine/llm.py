@@ -16,6 +16,7 @@ from pjengine.config import EngineConfig
 from pjengine.errors import ConfigError, EngineDead, EngineOverloaded, InvalidRequest, PJEngineError
 from pjengine.factory import make_engine
 from pjengine.interrupts import deferred_interrupts
+from pjengine.matryoshka import check_dimensions, shorten
 from pjengine.models.sources import resolve
 from pjengine.outputs import EmbeddingOutput, RequestOutput
 from pjengine.prompts import (
@@ -27,6 +28,7 @@ from pjengine.prompts import (
     default_params,
     engine_params,
     fit_window,
+    with_prompt,
 )
 from pjengine.request import Output, Request
 from pjengine.request_checks import check_prompt
@@ -53,6 +55,7 @@ class LLM:
         source = resolve(config.model, config.load_format)
         self.tokenizer: Tokenizer | None = load_tokenizer(source)
         self._default_sampling = source.default_sampling
+        self._sentence = source.sentence
         self._engine = make_engine(config)
         self._ids = itertools.count()
         self._closed = False
@@ -115,26 +118,38 @@ class LLM:
         token_ids = self._encode(texts, add_special_tokens=False)
         return self._generate(texts, token_ids, self._params(sampling_params, token_ids), use_tqdm)
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[EmbeddingOutput]:
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+        *,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+    ) -> list[EmbeddingOutput]:
         """Embeds each prompt, pooled and normalised as the model's own configuration says.
 
         Args:
           prompts: one text or a list of them, each a string or token ids (special ones included).
           use_tqdm: show a progress bar.
+          prompt_name: which of the model's own prompts to put before each text; "": none; None: the model's default.
+          dimensions: keep so many elements of each embedding, scaled to length 1, for models trained for it
+            (Matryoshka); None: all, as the model makes them.
         Returns:
           one result per prompt, in the order of the prompts.
         Raises:
           InvalidRequest: a prompt is wrong. Nothing was embedded then.
         """
         self._require("embed", "embed")
-        token_ids = self._encode(as_prompts(prompts), add_special_tokens=True)
+        check_dimensions(dimensions, self._engine.info)
+        texts = with_prompt(as_prompts(prompts), self._sentence, prompt_name)
+        token_ids = self._encode(texts, add_special_tokens=True)
         embeddings: dict[int, np.ndarray] = {}
         with _Progress(len(token_ids), "Embedding", use_tqdm) as progress:
 
             def receive(i: int, output: Output) -> bool:
                 if output.embedding is None:
                     raise PJEngineError(f"prompts[{i}]: {output.error or 'the engine gave no embedding'}")
-                embeddings[i] = np.frombuffer(output.embedding, "<f4").astype(np.float32)
+                (embeddings[i],) = shorten(np.frombuffer(output.embedding, "<f4").astype(np.float32)[None], dimensions)
                 progress.advance(len(token_ids[i]), 0)
                 return False
 

@@ -16,6 +16,7 @@ from pjengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # their modules take long to import, and a server's API process needs neither
     from pjengine.engine_info import EngineInfo
+    from pjengine.models.sentence_files import SentenceFiles
     from pjengine.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -75,6 +76,25 @@ def bad_words_token_ids(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tup
         if spaced[0] != bare[0] and len(spaced) == len(bare):
             found.append(spaced)
     return tuple(dict.fromkeys(found))
+
+
+def with_prompt(prompts: Sequence[str | list[int]], sentence: SentenceFiles, name: str | None) -> list[str | list[int]]:
+    """Texts with one of the model's prompts before each, for embedding.
+
+    Args:
+      prompts: token ids among them stay as they are.
+      sentence: of the model (`Source.sentence`).
+      name: of a prompt in its config_sentence_transformers.json; "": none; None: its default, which most have not.
+    Raises:
+      InvalidRequest: there is no such prompt, or it is named for token ids.
+    """
+    if name and name not in sentence.prompts:
+        known = f"known are {', '.join(sentence.prompts)}" if sentence.prompts else "it has none"
+        raise InvalidRequest(f"prompt_name: the model has no prompt {name!r}; {known}", field="prompt_name")
+    if name and not all(isinstance(prompt, str) for prompt in prompts):
+        raise InvalidRequest("prompt_name: token ids take none; give texts, or leave it out", field="prompt_name")
+    text = sentence.prompts.get((sentence.default_prompt if name is None else name) or "", "")
+    return [text + prompt if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def as_prompts(given: Prompt | Sequence[Prompt]) -> list[str | list[int]]:

@@ -122,7 +122,7 @@ def _pooling(
         return None
     file = path / folder / "config.json"
     config = _required(file, "Pooling")
-    if prompts and config.get("include_prompt", True) is False:
+    if any(prompts.values()) and config.get("include_prompt", True) is False:
         raise ModelError(
             f"{file}: include_prompt: expected true, got false; pooling without the prompt's tokens is not implemented"
         )
@@ -193,7 +193,7 @@ def _prompts(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, str], s
         raise ModelError(
             f"{file}: default_prompt_name: expected one of {', '.join(prompts) or 'no'} prompts, got {default!r}"
         )
-    return {name: text for name, text in prompts.items() if text}, default if prompts.get(default) else None
+    return prompts, default
 
 
 def _score_activation(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pjengine.models
-from pjengine import LLM, ConfigError, SamplingParams
+from pjengine import LLM, ConfigError, InvalidRequest, SamplingParams
 from pjengine.step_inputs import packed_inputs
 from tests.helpers import GOLDEN, load_golden, relative_error, split_rows
 
@@ -103,9 +103,14 @@ def test_decoder_with_sentence_transformers_files_embeds(qwen3_embedding: Path) 
     rows = split_rows(golden["tokens"], golden["starts"])
     with LLM(str(qwen3_embedding), dtype="float32", max_num_batched_tokens=256) as llm:
         vectors = np.stack([result.embedding for result in llm.embed(rows, use_tqdm=False)])
+        short = np.stack([result.embedding for result in llm.embed(rows, use_tqdm=False, dimensions=16)])
+        with pytest.raises(InvalidRequest, match=r"dimensions: 65, but the embeddings of .* have 64 elements"):
+            llm.embed(rows, use_tqdm=False, dimensions=65)
         with pytest.raises(ConfigError, match="cannot generate; use embed"):
             llm.generate(rows, use_tqdm=False)
     assert relative_error(vectors, expected) < 1e-4
+    front = expected[:, :16]
+    assert relative_error(short, front / np.linalg.norm(front, axis=-1, keepdims=True)) < 1e-4
 
 
 @pytest.mark.real

@@ -10,7 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from pjengine import InvalidRequest, SamplingParams
 from pjengine.engine_info import EngineInfo
-from pjengine.prompts import bad_words_token_ids, default_params, engine_params, fit_window
+from pjengine.models.sentence_files import SentenceFiles
+from pjengine.prompts import bad_words_token_ids, default_params, engine_params, fit_window, with_prompt
 from pjengine.request_checks import check_max_tokens, check_prompt
 from pjengine.tokenizer import Tokenizer
 from tests.llm.conftest import write_tokenizer
@@ -92,3 +93,31 @@ def test_bad_words_without_tokens_are_refused(letters: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match=r"bad_words: ' ' has no tokens") as caught:
         engine_params(SamplingParams(bad_words=(" ",)), INFO, letters)
     assert caught.value.field == "bad_words"
+
+
+QUERY = SentenceFiles(prompts={"query": "find: ", "document": ""}, default_prompt=None)
+DEFAULT = SentenceFiles(prompts={"query": "find: "}, default_prompt="query")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "name", "expected"),
+    [
+        (QUERY, None, ["a", [1]]),
+        (DEFAULT, None, ["find: a", [1]]),
+        (DEFAULT, "", ["a", [1]]),
+        (SentenceFiles(), None, ["a", [1]]),
+    ],
+)
+def test_the_models_own_prompts(sentence: SentenceFiles, name: str | None, expected: list[object]) -> None:
+    """Token ids are taken as they are."""
+    assert with_prompt(["a", [1]], sentence, name) == expected
+
+
+def test_a_named_prompt() -> None:
+    assert with_prompt(["a", "b"], QUERY, "query") == ["find: a", "find: b"]
+    assert with_prompt(["a", "b"], QUERY, "document") == ["a", "b"]
+    for sentence, message in ((QUERY, "known are query, document"), (SentenceFiles(), "it has none")):
+        with pytest.raises(InvalidRequest, match=f"prompt_name: the model has no prompt 'passage'; {message}"):
+            with_prompt(["a"], sentence, "passage")
+    with pytest.raises(InvalidRequest, match="prompt_name: token ids take none"):
+        with_prompt(["a", [1]], QUERY, "query")

@@ -102,6 +102,30 @@ def test_unknown_sentence_transformers_module(tmp_path: Path) -> None:
         resolve(str(tmp_path))
 
 
+def test_prompts(tmp_path: Path) -> None:
+    sentence_transformer(tmp_path, pooling_mode_mean_tokens=True)
+    file = tmp_path / "config_sentence_transformers.json"
+    prompts = {"query": "find: ", "document": ""}
+    write_json(file, {"prompts": prompts, "default_prompt_name": "query"})
+    sentence = resolve(str(tmp_path)).sentence
+    assert (sentence.prompts, sentence.default_prompt) == (prompts, "query")
+    for content, message in (
+        (
+            {"prompts": prompts, "default_prompt_name": "passage"},
+            "default_prompt_name: expected one of query, document",
+        ),
+        ({"prompts": ["find: "]}, "prompts: expected an object of texts by name"),
+        ({"activation_fn": "mine.Swish"}, "activation_fn: expected torch.nn's Identity, Sigmoid, Softmax"),
+    ):
+        write_json(file, content)
+        with pytest.raises(ModelError, match=message):
+            resolve(str(tmp_path))
+    write_json(file, {"prompts": prompts})
+    sentence_transformer(tmp_path, pooling_mode_mean_tokens=True, include_prompt=False)
+    with pytest.raises(ModelError, match=r"1_Pooling.config\.json: include_prompt: expected true, got false"):
+        resolve(str(tmp_path))
+
+
 @pytest.mark.parametrize("kinds", [["Transformer", "Normalize", "Pooling"], ["Transformer", "Dense"]])
 def test_modules_in_an_order_that_cannot_be_honoured(tmp_path: Path, kinds: list[str]) -> None:
     sentence_transformer(tmp_path, pooling_mode_mean_tokens=True)
