@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pjengine.bench.serve_client import Call, Endpoint, Load, body_of, refusal, run_client, send
-from pjengine.bench.serve_http import Address, BadResponse, request
+from pjengine.bench.serve_client import Call, Form, Load, refusal, run_client, send
+from pjengine.bench.serve_http import Address, BadResponse, Connections
 from pjengine.bench.serve_trace import Trace
 from pjengine.bench.workloads import Item
 from pjengine.errors import PJEngineError
@@ -41,7 +41,7 @@ class ServeOptions:
     """
 
     address: Address
-    endpoint: Endpoint
+    form: Form
     model: str
     rate: float
     concurrency: int
@@ -89,7 +89,11 @@ def choose_model(address: Address, model: str | None) -> str:
 async def _served_models(address: Address) -> list[str]:
     where = f"http{'s' if address.tls else ''}://{address.host}:{address.port}{address.prefix}"
     try:
-        async with asyncio.timeout(30), request(address, "GET", "/v1/models") as response:
+        async with (
+            asyncio.timeout(30),
+            Connections(address) as connections,
+            connections.request("GET", "/v1/models") as response,
+        ):
             if response.status != 200:
                 raise ServerUnusable(f"base_url: {where}/v1/models: {await refusal(response)}")
             return [str(card["id"]) for card in msgspec.json.decode(await response.read())["data"]]
@@ -107,25 +111,28 @@ def probe(options: ServeOptions, item: Item) -> None:
     Raises: ServerUnusable with the server's words.
     """
     short = Item(item.prompt_token_ids[:8], min(item.output_len, 2))
-    call = Call(0.0, body_of(options.endpoint, options.model, short), short.output_len)
+    call = Call(0.0, options.form.body(options.model, [short]), short.output_len)
     trace = Trace(due=0.0)
-    asyncio.run(send(Load(options.address, options.endpoint, [call], 1, _PROBE_SECONDS), call, trace))
+    load = Load(options.address, options.form.endpoint, [call], 1, _PROBE_SECONDS)
+
+    async def once() -> None:
+        async with Connections(options.address) as connections:
+            await send(connections, load, call, trace)
+
+    asyncio.run(once())
     if trace.error is not None:
         raise ServerUnusable(f"a first, short request failed: {trace.error}")
 
 
 def serve(options: ServeOptions, work: Sequence[Item]) -> Run:
     """Sends a workload and waits for its end."""
-    due = arrivals(len(work), options.rate, options.seed)
-    calls = [
-        Call(at, body_of(options.endpoint, options.model, item), item.output_len)
-        for at, item in zip(due, work, strict=True)
-    ]
+    due = arrivals(-(-len(work) // options.form.texts), options.rate, options.seed)
+    calls = options.form.calls(options.model, work, due)
     count = options.processes
     loads = [
         Load(
             options.address,
-            options.endpoint,
+            options.form.endpoint,
             calls[i::count],
             options.concurrency // count + (i < options.concurrency % count),
             options.timeout,

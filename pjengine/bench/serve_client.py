@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from pjengine.bench.serve_http import Address, BadResponse, EventDecoder, Response, request
+from pjengine.bench.serve_http import Address, BadResponse, Connections, EventDecoder, Response
 from pjengine.bench.serve_trace import Trace
 from pjengine.bench.workloads import Item
+from pjengine.errors import ConfigError
 
 Endpoint = Literal["completions", "chat", "embeddings"]
 PATHS: dict[Endpoint, str] = {
@@ -28,11 +29,79 @@ _SHOWN = 160  # characters of a server's error message
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A request ready to be sent. due: seconds after the start of the run."""
+    """A request ready to be sent.
+
+    Attributes:
+      due: seconds after the start of the run.
+      asked: output tokens.
+      texts: prompts in it.
+    """
 
     due: float
     body: bytes
     asked: int
+    texts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the workload's items become requests; all but the endpoint is for embeddings.
+
+    Attributes:
+      texts: items that share a request.
+      text: send words, about one token each, which the server tokenizes; else token ids.
+      encoding_format: "float" or "base64".
+    """
+
+    endpoint: Endpoint
+    texts: int = 1
+    text: bool = False
+    encoding_format: str = "float"
+
+    def __post_init__(self) -> None:
+        if self.endpoint not in PATHS:
+            raise ConfigError(f"endpoint: expected one of {', '.join(PATHS)}, got {self.endpoint!r}")
+        if self.encoding_format not in ("float", "base64"):
+            raise ConfigError(f"encoding_format: expected float or base64, got {self.encoding_format!r}")
+        if self.endpoint != "embeddings" and (self.texts, self.text, self.encoding_format) != (1, False, "float"):
+            raise ConfigError(
+                f"endpoint: {self.endpoint} takes one prompt a request; texts_per_request, send_text and "
+                "encoding_format are for embeddings"
+            )
+
+    def calls(self, model: str, work: Sequence[Item], due: Sequence[float]) -> list[Call]:
+        """The requests of a workload, in order.
+
+        Args:
+          due: of each of them, one per `texts` items.
+        """
+        starts = range(0, len(work), self.texts)
+        groups = [work[at : at + self.texts] for at in starts]
+        return [
+            Call(at, self.body(model, items), items[0].output_len, len(items))
+            for at, items in zip(due, groups, strict=True)
+        ]
+
+    def body(self, model: str, items: Sequence[Item]) -> bytes:
+        """The JSON of a request. Text is generated greedily, streamed, and not ended by the model (`ignore_eos`, vLLM's
+        extension). Chat has no token ids: its prompt is words.
+        """
+        if self.endpoint == "embeddings":
+            inputs = [_words(item) if self.text else item.prompt_token_ids for item in items]
+            return msgspec.json.encode({"model": model, "input": inputs, "encoding_format": self.encoding_format})
+        (item,) = items
+        fields = {
+            "model": model,
+            "max_tokens": item.output_len,
+            "temperature": 0,
+            "ignore_eos": True,
+            "skip_special_tokens": False,  # or tokens would come that cannot be seen to come
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.endpoint == "chat":
+            return msgspec.json.encode(fields | {"messages": [{"role": "user", "content": _words(item)}]})
+        return msgspec.json.encode(fields | {"prompt": item.prompt_token_ids})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,28 +120,6 @@ class Load:
     timeout: float
 
 
-def body_of(endpoint: Endpoint, model: str, item: Item) -> bytes:
-    """The JSON of a request: greedy, streamed, and not ended by the model (`ignore_eos`, vLLM's extension).
-
-    Chat has no token ids: a prompt is as many common words as it has tokens, about one token each.
-    """
-    if endpoint == "embeddings":
-        return msgspec.json.encode({"model": model, "input": item.prompt_token_ids})
-    fields = {
-        "model": model,
-        "max_tokens": item.output_len,
-        "temperature": 0,
-        "ignore_eos": True,
-        "skip_special_tokens": False,  # or tokens would come that cannot be seen to come
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if endpoint == "chat":
-        text = " ".join(_WORDS[i % len(_WORDS)] for i in item.prompt_token_ids)
-        return msgspec.json.encode(fields | {"messages": [{"role": "user", "content": text}]})
-    return msgspec.json.encode(fields | {"prompt": item.prompt_token_ids})
-
-
 async def drive(load: Load, start: float) -> list[Trace]:
     """Sends every call when it is due, whatever has come back by then, unless `concurrency` are in flight.
 
@@ -80,24 +127,24 @@ async def drive(load: Load, start: float) -> list[Trace]:
       start: when the run begins, `time.monotonic`.
     """
     places = asyncio.Semaphore(load.concurrency)
-    traces = [Trace(due=start + call.due, asked=call.asked) for call in load.calls]
-    async with asyncio.TaskGroup() as tasks:
+    traces = [Trace(due=start + call.due, asked=call.asked, texts=call.texts) for call in load.calls]
+    async with Connections(load.address) as connections, asyncio.TaskGroup() as tasks:
         for call, trace in zip(load.calls, traces, strict=True):
             if (early := trace.due - time.monotonic()) > 0:
                 await asyncio.sleep(early)
             await places.acquire()
-            sending = tasks.create_task(send(load, call, trace))
+            sending = tasks.create_task(send(connections, load, call, trace))
             sending.add_done_callback(lambda _: places.release())
     return traces
 
 
-async def send(load: Load, call: Call, trace: Trace) -> None:
+async def send(connections: Connections, load: Load, call: Call, trace: Trace) -> None:
     """One request; fills its trace, also with what went wrong."""
     trace.sent = time.monotonic()
     try:
         async with (
             asyncio.timeout(load.timeout),
-            request(load.address, "POST", PATHS[load.endpoint], call.body) as response,
+            connections.request("POST", PATHS[load.endpoint], call.body) as response,
         ):
             read = _read_embedding if load.endpoint == "embeddings" else _read_events
             trace.error = await (read(response, trace) if response.status == 200 else refusal(response))
@@ -137,10 +184,15 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class _Embedding(msgspec.Struct):
+    """What it holds is not read: the client's time is the benchmark's."""
+
+
 class _Event(msgspec.Struct):
     """The fields that are read of an event, of an embedding answer or of an error."""
 
     choices: list[_Choice] = []
+    data: list[_Embedding] = []
     usage: _Usage | None = None
     error: Any = None
 
@@ -169,10 +221,12 @@ async def _read_events(response: Response, trace: Trace) -> str | None:
 
 
 async def _read_embedding(response: Response, trace: Trace) -> str | None:
-    usage = _decode(await response.read()).usage
-    if usage is None:
+    answer = _decode(await response.read())
+    if answer.usage is None:
         return "the answer has no usage"
-    trace.prompt_tokens = usage.prompt_tokens
+    if len(answer.data) != trace.texts:
+        return f"{len(answer.data)} embeddings for {trace.texts} texts"
+    trace.prompt_tokens = answer.usage.prompt_tokens
     return None
 
 
@@ -189,6 +243,11 @@ async def refusal(response: Response) -> str:
 def _has_text(choice: _Choice) -> bool:
     delta = choice.delta
     return bool(choice.text or (delta is not None and (delta.content or delta.reasoning_content)))
+
+
+def _words(item: Item) -> str:
+    """As many common words as the prompt has tokens."""
+    return " ".join([_WORDS[i % len(_WORDS)] for i in item.prompt_token_ids])
 
 
 def _message(error: object) -> str:

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client on asyncio streams: one request per connection, the body handed out as it arrives.
+"""A small HTTP/1.1 client on asyncio streams: connections are used again, the body is handed out as it arrives.
 
 A load generator must cost less than the server it measures, so this does only what a JSON API needs: chunked, counted
 and close-delimited bodies, and server-sent events. No redirects, no compression, no cookies.
@@ -10,16 +10,23 @@ import asyncio
 import contextlib
 import dataclasses
 import ssl
+import time
 import urllib.parse
 from collections.abc import AsyncGenerator
+from typing import Self
 
 from pjengine.errors import ConfigError
 
 _READ = 1 << 16  # bytes asked of the socket at once
+_IDLE_SECONDS = 2.0  # a connection idle for longer is not used again: many servers close theirs after 5
 
 
 class BadResponse(Exception):
     """The server's answer breaks HTTP or ends early; the message is short, so that equal failures count as one."""
+
+
+class Unanswered(BadResponse):
+    """The server closed the connection before the first byte of an answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Address:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("api_key: expected printable ASCII characters")
         tls = parts.scheme == "https"
-        headers = f"Host: {parts.netloc.rpartition('@')[2]}\r\nConnection: close\r\nAccept-Encoding: identity\r\n"
+        headers = f"Host: {parts.netloc.rpartition('@')[2]}\r\nAccept-Encoding: identity\r\n"
         if api_key:
             headers += f"Authorization: Bearer {api_key}\r\n"
         prefix = parts.path.rstrip("/").removesuffix("/v1")
@@ -72,30 +79,79 @@ class Response:
         return b"".join([piece async for piece in self.body])
 
 
-@contextlib.asynccontextmanager
-async def request(address: Address, method: str, path: str, body: bytes = b"") -> AsyncGenerator[Response]:
-    """Sends a request; the connection closes at the end of the block.
+@dataclasses.dataclass
+class _Connection:
+    """idle_since: `time.monotonic()` of its last answer's end; None: nothing was answered on it yet."""
 
-    Raises: OSError, BadResponse.
-    """
-    context = ssl.create_default_context() if address.tls else None
-    reader, writer = await asyncio.open_connection(address.host, address.port, ssl=context, limit=_READ)
-    try:
-        head = f"{method} {address.prefix}{path} HTTP/1.1\r\n".encode() + address.headers
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    idle_since: float | None = None
+
+
+class Connections:
+    """The connections to one server. An idle one is used again, the last one first, for a new one costs both sides."""
+
+    def __init__(self, address: Address):
+        self._address = address
+        self._tls = ssl.create_default_context() if address.tls else None
+        self._idle: list[_Connection] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for connection in self._idle:
+            connection.writer.close()
+
+    @contextlib.asynccontextmanager
+    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncGenerator[Response]:
+        """Sends a request. Raises: OSError, BadResponse."""
+        head = f"{method} {self._address.prefix}{path} HTTP/1.1\r\n".encode() + self._address.headers
         if body:
             head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
-        writer.write(head + b"\r\n" + body)
-        status, headers = await _read_head(reader)
-        yield Response(status, _body(reader, headers))
-    finally:
-        writer.close()
+        connection, status, headers = await self._send(head + b"\r\n" + body)
+        framing = _Framing(headers)
+        try:
+            yield Response(status, framing.body(connection.reader))
+        finally:
+            if framing.done and headers.get(b"connection", b"").lower() != b"close":
+                connection.idle_since = time.monotonic()
+                self._idle.append(connection)
+            else:
+                connection.writer.close()
+
+    async def _send(self, data: bytes) -> tuple[_Connection, int, dict[bytes, bytes]]:
+        """Until the head of the answer; once more where the server had closed an idle connection."""
+        while True:
+            connection = await self._connection()
+            try:
+                connection.writer.write(data)
+                return connection, *await _read_head(connection.reader)
+            except (ConnectionError, Unanswered):
+                connection.writer.close()
+                if connection.idle_since is None:
+                    raise
+            except BaseException:
+                connection.writer.close()
+                raise
+
+    async def _connection(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            idle = time.monotonic() - (connection.idle_since or 0)
+            if idle < _IDLE_SECONDS and not connection.reader.at_eof():
+                return connection
+            connection.writer.close()
+        address = self._address
+        return _Connection(*await asyncio.open_connection(address.host, address.port, ssl=self._tls, limit=_READ))
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[bytes, bytes]]:
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError as error:
-        raise BadResponse("the server closed the connection before it answered") from error
+        kind = BadResponse if error.partial else Unanswered
+        raise kind("the server closed the connection before it answered") from error
     except asyncio.LimitOverrunError as error:
         raise BadResponse("no HTTP: the answer has no end of headers") from error
     first, *lines = head[:-4].split(b"\r\n")
@@ -106,33 +162,48 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[bytes, byt
     return int(words[1]), {name.lower(): value.strip() for name, _, value in fields}
 
 
-async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncGenerator[bytes]:
-    if headers.get(b"transfer-encoding", b"").lower() == b"chunked":
-        chunks = ChunkDecoder()
-        while not chunks.done:
-            data = await reader.read(_READ)
-            if not data:
-                raise BadResponse("the server closed the connection in the middle of an answer")
-            if piece := chunks.feed(data):
-                yield piece
-        return
-    left = int(headers[b"content-length"]) if headers.get(b"content-length", b"").isdigit() else None
-    while left != 0:
-        data = await reader.read(_READ)
-        if not data:
-            if left:
-                raise BadResponse("the server closed the connection in the middle of an answer")
-            return
-        if left is not None:
-            left -= len(data)
-        yield data
+class _Framing:
+    """How an answer's body is cut from the connection's bytes. done: it has ended where the next answer may begin."""
+
+    def __init__(self, headers: dict[bytes, bytes]):
+        self.done = False
+        self._chunked = headers.get(b"transfer-encoding", b"").lower() == b"chunked"
+        length = headers.get(b"content-length", b"")
+        self._length = int(length) if length.isdigit() else None
+
+    async def body(self, reader: asyncio.StreamReader) -> AsyncGenerator[bytes]:
+        if self._chunked:
+            chunks = ChunkDecoder()
+            while not chunks.done:
+                data = await reader.read(_READ)
+                if not data:
+                    raise BadResponse("the server closed the connection in the middle of an answer")
+                if piece := chunks.feed(data):
+                    yield piece
+            self.done = chunks.clean
+        else:
+            left = self._length
+            while left != 0:
+                data = await reader.read(_READ if left is None else min(_READ, left))
+                if not data:
+                    if left:
+                        raise BadResponse("the server closed the connection in the middle of an answer")
+                    return
+                if left is not None:
+                    left -= len(data)
+                yield data
+            self.done = True
 
 
 class ChunkDecoder:
-    """Undoes HTTP/1.1's chunked transfer coding (RFC 9112, 7.1), fed with whatever the socket gives."""
+    """Undoes HTTP/1.1's chunked transfer coding (RFC 9112, 7.1), fed with whatever the socket gives.
+
+    Attributes:
+      done: all has been read; clean: and nothing beyond it.
+    """
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = self.clean = False
         self._buffer = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -145,7 +216,9 @@ class ChunkDecoder:
             except ValueError as error:
                 raise BadResponse("no HTTP: a chunk without its size") from error
             if size == 0:
-                self.done = True  # trailers, if any, die with the connection
+                if len(buffer) >= end + 4:
+                    self.done = True
+                    self.clean = buffer[end:] == b"\r\n\r\n"  # trailers die with the connection
                 break
             if len(buffer) < end + size + 4:
                 break

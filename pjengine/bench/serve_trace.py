@@ -26,6 +26,7 @@ class Trace:
       finished: when the answer had ended.
       prompt_tokens, output_tokens: as the server counts them.
       error: what went wrong, in words that equal failures share; None: nothing.
+      texts: prompts sent.
     """
 
     due: float
@@ -36,6 +37,7 @@ class Trace:
     prompt_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None
+    texts: int = 1
 
     @property
     def ttft(self) -> float | None:
@@ -63,7 +65,8 @@ class Summary:
       seconds: from the first request due to the last answer.
       completed, failed: requests.
       early: completed, but with fewer tokens than were asked for.
-      rates: per second: requests, good requests (where limits were given), input and output tokens, and both.
+      rates: per second: requests, texts (where a request has several), good requests (where limits were given), input
+        and output tokens, and both.
       latencies: name -> {"mean", "median", "p99"} in ms; a name without a value (tpot of one-token answers) is absent.
       errors: what went wrong -> how often, the most frequent first.
     """
@@ -90,6 +93,8 @@ def summarize(traces: Sequence[Trace], limits: dict[str, float] | None = None) -
     seconds = max(t.finished for t in traces) - min(t.due for t in traces)
     prompt_tokens, output_tokens = sum(t.prompt_tokens for t in good), sum(t.output_tokens for t in good)
     counts: dict[str, float] = {"requests": len(good)}
+    if any(t.texts > 1 for t in traces):
+        counts["texts"] = sum(t.texts for t in good)
     if limits is not None:
         counts["good requests"] = sum(_within(t, limits) for t in good)
     counts |= {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -155,6 +155,12 @@ def serve(
     ] = "inf",
     concurrency: Annotated[int, typer.Option(help="Most requests in flight.", min=1)] = 1000,
     endpoint: Annotated[str, typer.Option(metavar="completions|chat|embeddings")] = "completions",
+    texts_per_request: Annotated[int, typer.Option(help="Embeddings: texts that share a request.", min=1)] = 1,
+    send_text: Annotated[
+        bool, typer.Option("--send-text", help="Embeddings: words, which the server tokenizes, in place of token ids.")
+    ] = False,
+    encoding_format: Annotated[str, typer.Option(metavar="float|base64", help="Embeddings: of the answers.")] = "float",
+    repeat: Annotated[int, typer.Option(help="Send the workload so many times over.", min=1)] = 1,
     goodput: Annotated[
         str | None,
         typer.Option(help="Limits of a good request in ms: ttft:200,tpot:50,e2el:5000.", show_default=False),
@@ -175,26 +181,25 @@ def serve(
     with reported_errors():
         from pjengine.bench import serve_report
         from pjengine.bench.serve import ServeOptions, choose_model, default_processes, probe, serve
-        from pjengine.bench.serve_client import PATHS
+        from pjengine.bench.serve_client import Form
         from pjengine.bench.serve_http import Address
         from pjengine.bench.serve_trace import parse_limits, summarize
         from pjengine.bench.workloads import read
 
-        if endpoint not in PATHS:
-            raise ConfigError(f"endpoint: expected one of {', '.join(PATHS)}, got {endpoint!r}")
+        form = Form(cast(Any, endpoint), texts_per_request, send_text, encoding_format)
         limits = None if goodput is None else parse_limits(goodput)
         address = Address.parse(base_url, api_key)
         rate = _rate(request_rate)
-        work = read(workload, vocab_size, seed)
+        work = read(workload, vocab_size, seed) * repeat
         if endpoint != "embeddings" and any(item.output_len == 0 for item in work):
             raise ConfigError(f"workload: {workload}: every line needs an output_len of at least 1")
         options = ServeOptions(
             address=address,
-            endpoint=endpoint,
+            form=form,
             model=choose_model(address, model),
             rate=rate,
             concurrency=concurrency,
-            processes=min(processes or default_processes(concurrency), concurrency, len(work)),
+            processes=min(processes or default_processes(concurrency), concurrency, -(-len(work) // form.texts)),
             timeout=timeout,
             seed=seed,
         )

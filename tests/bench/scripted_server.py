@@ -16,28 +16,37 @@ REFUSE, FAIL, CUT, HANG, NO_USAGE, EARLY, GARBAGE = range(1, 8)
 
 @dataclasses.dataclass
 class ScriptedServer:
-    """What the server saw. most: requests that were open at once."""
+    """What the server saw. most: requests that were open at once. requests_per_connection: then it closes."""
 
     url: str = ""
     bodies: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     heads: list[bytes] = dataclasses.field(default_factory=list)
     open: int = 0
     most: int = 0
+    connections: int = 0
+    requests_per_connection: int = 1000
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.open += 1
-        self.most = max(self.most, self.open)
+        self.connections += 1
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            self.heads.append(head)
-            length = next((int(x.split(b":")[1]) for x in head.split(b"\r\n") if x.startswith(b"Content-Length")), 0)
-            body = json.loads(await reader.readexactly(length)) if length else {}
-            await self._answer(head.split(b" ")[1].decode(), body, reader, writer)
+            for _ in range(self.requests_per_connection):
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.open += 1
+                self.most = max(self.most, self.open)
+                try:
+                    await self._handle(head, reader, writer)
+                finally:
+                    self.open -= 1
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client has gone
         finally:
-            self.open -= 1
             writer.close()
+
+    async def _handle(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.heads.append(head)
+        length = next((int(x.split(b":")[1]) for x in head.split(b"\r\n") if x.startswith(b"Content-Length")), 0)
+        body = json.loads(await reader.readexactly(length)) if length else {}
+        await self._answer(head.split(b" ")[1].decode(), body, reader, writer)
 
     async def _answer(
         self, path: str, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -47,7 +56,9 @@ class ScriptedServer:
         self.bodies.append(body)
         if path == "/v1/embeddings":
             await asyncio.sleep(FIRST)
-            return _whole(writer, 200, {"data": [], "usage": {"prompt_tokens": len(body["input"])}})
+            tokens = [len(text.split() if isinstance(text, str) else text) for text in body["input"]]
+            data = [{"index": i, "embedding": [0.5]} for i in range(len(tokens))]
+            return _whole(writer, 200, {"data": data, "usage": {"prompt_tokens": sum(tokens)}})
         if path not in ("/v1/completions", "/v1/chat/completions"):
             return _whole(writer, 404, {"error": {"message": "no such path"}})
         script = body["prompt"][0] if "prompt" in body else 0
@@ -66,8 +77,9 @@ class ScriptedServer:
             await asyncio.sleep(0)
             writer.write(frame[7:])
             await writer.drain()
-        if script != CUT:
-            writer.write(b"0\r\n\r\n")
+        if script == CUT:
+            raise ConnectionError
+        writer.write(b"0\r\n\r\n")
 
 
 async def _events(script: int, body: dict[str, Any]) -> AsyncIterator[str]:

@@ -6,13 +6,14 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pjengine.bench.serve import ServeOptions, ServerUnusable, arrivals, choose_model, probe, serve
-from pjengine.bench.serve_client import Call, Endpoint, Load, body_of, drive
+from pjengine.bench.serve_client import Endpoint, Form, Load, drive
 from pjengine.bench.serve_http import Address, BadResponse, ChunkDecoder, EventDecoder
 from pjengine.bench.serve_trace import Trace, summarize
 from pjengine.bench.workloads import Item
@@ -43,10 +44,9 @@ def server() -> Iterator[ScriptedServer]:
 def load(server: ScriptedServer, work: list[Item], due: list[float] | None = None, **options: object) -> list[Trace]:
     """Sends a workload from this process."""
     endpoint: Endpoint = options.pop("endpoint", "completions")  # type: ignore[assignment]
-    calls = [
-        Call(at, body_of(endpoint, "m", item), item.output_len)
-        for at, item in zip(due or [0.0] * len(work), work, strict=True)
-    ]
+    form = options.pop("form", Form(endpoint))
+    assert isinstance(form, Form)
+    calls = form.calls("m", work, due or [0.0] * -(-len(work) // form.texts))
     settings = {"concurrency": 100, "timeout": 10.0, **options}
     address = Address.parse(server.url, "key")
     return asyncio.run(drive(Load(address, endpoint, calls, **settings), time.monotonic()))  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def load(server: ScriptedServer, work: list[Item], due: list[float] | None = Non
 def options_for(server: ScriptedServer, **changes: object) -> ServeOptions:
     options: dict[str, object] = {
         "address": Address.parse(server.url),
-        "endpoint": "completions",
+        "form": Form("completions"),
         "model": "m",
         "rate": float("inf"),
         "concurrency": 16,
@@ -99,6 +99,37 @@ def test_embeddings(server: ScriptedServer) -> None:
     (t,) = load(server, [Item([20, 21, 22])], endpoint="embeddings")
     assert (t.error, t.prompt_tokens, t.ttft) == (None, 3, None)
     assert t.e2el >= FIRST
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_texts_that_share_a_request(server: ScriptedServer, text: bool) -> None:
+    form = Form("embeddings", 2, text, "base64")
+    traces = load(server, [Item([20 + i] * 3) for i in range(5)], endpoint="embeddings", form=form)
+    assert [(t.error, t.texts, t.prompt_tokens) for t in traces] == [(None, 2, 6), (None, 2, 6), (None, 1, 3)]
+    inputs = sorted((body["input"] for body in server.bodies), key=len)
+    assert [len(given) for given in inputs] == [1, 2, 2]
+    assert inputs[0] == (["school school school"] if text else [[24] * 3])
+    assert {body["encoding_format"] for body in server.bodies} == {"base64"}
+    assert summarize(traces).rates["texts"] == pytest.approx(5 / summarize(traces).seconds)
+
+
+@pytest.mark.parametrize("form", [{"endpoint": "rank"}, {"endpoint": "chat", "texts": 2}, {"encoding_format": "int8"}])
+def test_bad_forms(form: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Form(**{"endpoint": "embeddings", **form})
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "embeddings"])
+def test_connections_are_used_again(server: ScriptedServer, endpoint: str) -> None:
+    traces = load(server, [Item([20], 2)] * 6, concurrency=2, endpoint=endpoint)
+    assert [t.error for t in traces] == [None] * 6
+    assert server.connections == 2
+
+
+def test_a_connection_that_the_server_closed_is_replaced(server: ScriptedServer) -> None:
+    server.requests_per_connection = 1
+    traces = load(server, [Item([20], 2)] * 6, concurrency=2)
+    assert [t.error for t in traces] == [None] * 6
 
 
 def test_no_more_in_flight_than_may_be(server: ScriptedServer) -> None:
