@@ -65,7 +65,10 @@ def save(
     client_share: float,
 ) -> None:
     """Writes the figures with what they were measured with; no API key."""
-    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "address"}
+    fields = dataclasses.asdict(options.form)
+    fields |= {
+        f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in ("address", "form")
+    }
     config = fields | {"base_url": base_url, "workload": workload, "goodput": limits, "rate": str(options.rate)}
     rows = [dataclasses.asdict(summary) | {"client_share": client_share}]
     report.write(path, "serve", {"config": config, "rows": rows})

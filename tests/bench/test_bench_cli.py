@@ -76,11 +76,16 @@ def test_failures_are_shown_and_fail(tmp_path: Path, server: ScriptedServer) -> 
 
 
 def test_embeddings(tmp_path: Path, server: ScriptedServer) -> None:
-    work = workload(tmp_path, *[{"prompt_len": 5}] * 3)
-    done = run("serve", "--base-url", server.url, "--workload", work, "--endpoint", "embeddings")
+    work, file = workload(tmp_path, *[{"prompt_len": 5}] * 3), tmp_path / "out.json"
+    arguments = ["serve", "--base-url", server.url, "--workload", work, "--endpoint", "embeddings", "--repeat", "2"]
+    arguments += ["--texts-per-request", "4", "--send-text", "--encoding-format", "base64", "--json", str(file)]
+    done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert "15 / 0" in done.stdout
+    assert "30 / 0" in done.stdout
+    assert "texts per second" in done.stdout
     assert "time to first token" not in done.stdout
+    kept = json.loads(file.read_text())
+    assert (kept["config"]["endpoint"], kept["config"]["texts"], kept["config"]["text"]) == ("embeddings", 4, True)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,8 @@ def test_embeddings(tmp_path: Path, server: ScriptedServer) -> None:
         (["--request-rate", "0"], "request_rate: expected requests per second above 0, or inf, got '0'"),
         (["--request-rate", "nan"], "request_rate: "),
         (["--goodput", "itl:3"], "goodput: "),
+        (["--endpoint", "chat", "--texts-per-request", "2"], "endpoint: chat takes one prompt a request"),
+        (["--endpoint", "embeddings", "--encoding-format", "int8"], "encoding_format: expected float or base64"),
         (["--endpoint", "images"], "endpoint: expected one of completions, chat, embeddings"),
         (["--workload", "queries"], "needs an output_len of at least 1"),
         (["--workload", "/no/such"], "workload: expected chat"),
