@@ -13,6 +13,9 @@ golden.safetensors of
 - a random embedder: `tokens`, `starts`, `hidden` [T, hidden_size]; where there are two token types also `token_types`
   int32 [T];
 - a random classifier: `tokens`, `starts`, `logits` [R, labels]; `token_types` as above;
+- `sentence-transformer`, `cross-encoder`, `reranker`, whole directories as sentence-transformers saves them, float32:
+  `embeddings` of texts (row i of the first half with the default prompt, of the second with none) or `scores` of the
+  pairs of a query with texts; the metadata's `texts` and `query` hold them as JSON;
 - SmolLM2: `tokens`, `starts` of 8 chat prompts, each with its greedy continuation of 64 tokens, end-of-text ignored;
   `prompt_lens` [8]. Of the logits [8, 64, vocab] that chose the continuations, too big to keep whole: a fixed random
   subset of the vocabulary, `columns` [512] and `logits` [8, 64, 512]; `logsumexp` [8, 64]; the highest two, `top_ids`
@@ -27,13 +30,19 @@ import argparse
 import functools
 import json
 import math
+import string
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.sentence_transformer.modules import Pooling
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -49,6 +58,7 @@ from transformers import (
     NomicBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -253,6 +263,128 @@ def write_new(folder: Path) -> None:
     save_file({f"new.{name}": weight for name, weight in weights.items()}, folder / "model.safetensors")
 
 
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+SHORT_TEXTS = ("a", "red apples", "how is the sea made?", "it's: the end.", "fruit fruit fruit fruit")
+QUERY = "which fruit is red?"
+RERANKER_TEMPLATE = (
+    "<|im_start|>judge {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
+    "<document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>\n"
+)
+
+
+def write_sentence_transformer(folder: Path) -> None:
+    """An embedder with every module that may stand behind the encoder, and a default prompt."""
+    modules = [
+        Transformer(_save_tiny(BertConfig(**TINY, vocab_size=96), AutoModel, word_pieces())),
+        Pooling(32, "weightedmean"),
+        Dense(32, 48, activation_function=torch.nn.Tanh()),
+        Dense(48, 24, bias=False, activation_function=torch.nn.Identity()),
+        Normalize(),
+    ]
+    prompts = {"query": "find: ", "document": ""}
+    model = SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name="query")
+    embeddings = torch.cat(
+        [model.encode(list(SHORT_TEXTS), convert_to_tensor=True, prompt_name=name) for name in (None, "document")]
+    )
+    _save_with_golden(model, folder, {"embeddings": embeddings}, texts=SHORT_TEXTS)
+
+
+def write_cross_encoder(folder: Path) -> None:
+    """A BERT that reads pairs with their segments."""
+    path = _save_tiny(
+        BertConfig(**TINY, vocab_size=96, num_labels=1), AutoModelForSequenceClassification, word_pieces()
+    )
+    _write_scores(CrossEncoder(path), folder)
+
+
+def write_reranker(folder: Path) -> None:
+    """A decoder that scores by the logits of yes and no, behind a chat template with the roles query and document."""
+    tokenizer = byte_level()
+    config = Qwen3Config(**TINY, vocab_size=272, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True)
+    config.pad_token_id = tokenizer.pad_token_id
+    transformer = Transformer(
+        _save_tiny(config, AutoModelForCausalLM, tokenizer),
+        transformer_task="text-generation",
+        modality_config={
+            "text": {"method": "forward", "method_output_name": "logits"},
+            "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
+        },
+        module_output_name="causal_logits",
+    )
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    _write_scores(CrossEncoder(modules=[transformer, LogitScore(yes, no)], num_labels=1), folder)
+
+
+def _write_scores(model: CrossEncoder, folder: Path) -> None:
+    scores = torch.stack([model.predict([(QUERY, text)], convert_to_tensor=True)[0] for text in SHORT_TEXTS])
+    _save_with_golden(model, folder, {"scores": scores}, texts=SHORT_TEXTS, query=QUERY)
+
+
+def _save_tiny(config: PreTrainedConfig, architecture: Any, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Where a random model lies with its tokenizer."""
+    path = tempfile.mkdtemp()
+    model = architecture.from_config(config)
+    randomise(model)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _save_with_golden(model: Any, folder: Path, golden: dict[str, torch.Tensor], **metadata: Any) -> None:
+    model.save_pretrained(str(folder), create_model_card=False)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    save_file(
+        {name: tensor.float().contiguous() for name, tensor in golden.items()},
+        folder / "golden.safetensors",
+        metadata={name: json.dumps(value) for name, value in metadata.items()},
+    )
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """A letter is a piece; texts and pairs are wrapped as BERT's."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase, *string.punctuation]
+    pieces += [f"##{letter}" for letter in string.ascii_lowercase]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=48,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """A byte is a token, and so are yes and no."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("y", "e"), ("ye", "s"), ("n", "o")]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(merge) for merge in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=RERANKER_TEMPLATE,
+        model_max_length=64,
+    )
+
+
 def randomise(model: PreTrainedModel) -> None:
     """Matrices that keep a vector's length, norms about 1, biases about 0."""
     for name, weight in model.named_parameters():
@@ -325,6 +457,9 @@ def main() -> None:
         for name, config in configs.items():
             writers[name] = functools.partial(write_random_model, config, architecture)
     writers["new"] = write_new
+    writers["sentence-transformer"] = write_sentence_transformer
+    writers["cross-encoder"] = write_cross_encoder
+    writers["reranker"] = write_reranker
     if arguments.smollm2:
         writers["smollm2-135m-instruct"] = functools.partial(write_smollm2, arguments.smollm2)
     if arguments.minilm:

@@ -30,6 +30,7 @@ _DENSE_ACTIVATIONS = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
 }
 _SCORE_ACTIVATIONS = {"Identity": "identity", "Sigmoid": "sigmoid", "Softmax": "softmax"}
+_UNLIMITED = 10**9  # transformers writes 1e30 for none
 _KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "LogitScore")
 
 
@@ -87,16 +88,15 @@ def read_sentence_files(path: Path, config: Mapping[str, Any]) -> SentenceFiles:
     modules = _modules(path)
     settings = read_json(path / "config_sentence_transformers.json", dict) or {}
     prompts, default_prompt = _prompts(path, settings)
-    transformer = next((folder for kind, folder in modules if kind == "Transformer"), "")
-    limits = read_json(path / transformer / "sentence_bert_config.json", dict) or {}
+    longest = _max_seq_length(path, modules)
     score = [folder for kind, folder in modules if kind == "LogitScore"]
     return SentenceFiles(
-        pooling=_pooling(path, modules, limits.get("max_seq_length"), prompts),
+        pooling=_pooling(path, modules, longest, prompts),
         prompts=prompts,
         default_prompt=default_prompt,
         score_tokens=_score_tokens(path / score[0] / "config.json") if score else (),
         activation=_score_activation(settings, config),
-        max_seq_length=limits.get("max_seq_length"),
+        max_seq_length=longest,
     )
 
 
@@ -114,6 +114,18 @@ def _modules(path: Path) -> list[tuple[str, str]]:
     return found
 
 
+def _max_seq_length(path: Path, modules: list[tuple[str, str]]) -> int | None:
+    """Older versions write it to sentence_bert_config.json; since 5.4 it is the tokenizer's."""
+    folder = next((folder for kind, folder in modules if kind == "Transformer"), None)
+    if folder is None:
+        return None
+    limits = read_json(path / folder / "sentence_bert_config.json", dict) or {}
+    if limits.get("max_seq_length"):
+        return int(limits["max_seq_length"])
+    found = (read_json(path / "tokenizer_config.json", dict) or {}).get("model_max_length")
+    return int(found) if found and found < _UNLIMITED else None
+
+
 def _pooling(
     path: Path, modules: list[tuple[str, str]], max_seq_length: int | None, prompts: Mapping[str, str]
 ) -> Pooling | None:
@@ -126,9 +138,12 @@ def _pooling(
         raise ModelError(
             f"{file}: include_prompt: expected true, got false; pooling without the prompt's tokens is not implemented"
         )
+    normalize = [path / folder / "config.json" for kind, folder in modules if kind == "Normalize"]
+    for normalize_file in normalize:
+        _check_names(normalize_file, read_json(normalize_file, dict) or {})
     return Pooling(
         _pooling_mode(file, config),
-        normalize=any(kind == "Normalize" for kind, _ in modules),
+        normalize=bool(normalize),
         max_seq_length=max_seq_length,
         dense=tuple(_dense(path, folder) for kind, folder in modules if kind == "Dense"),
     )
@@ -150,11 +165,9 @@ def _pooling_mode(file: Path, config: Mapping[str, Any]) -> str:
 def _dense(path: Path, folder: str) -> DenseFile:
     file = path / folder / "config.json"
     config = _required(file, "Dense")
-    for field, default in (("use_residual", False), ("module_input_name", "sentence_embedding")):
-        if config.get(field, default) != default:
-            raise ModelError(f"{file}: {field}: expected {default!r}, got {config[field]!r}")
-    if config.get("module_output_name") not in (None, "sentence_embedding"):
-        raise ModelError(f"{file}: module_output_name: expected null, got {config['module_output_name']!r}")
+    _check_names(file, config)
+    if config.get("use_residual", False):
+        raise ModelError(f"{file}: use_residual: expected false, got {config['use_residual']!r}")
     activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     if activation not in _DENSE_ACTIVATIONS:
         raise ModelError(
@@ -175,6 +188,13 @@ def _score_tokens(file: Path) -> tuple[int, ...]:
     if config.get("false_token_id") is None:
         fields.pop()
     return tuple(_count(file, config, field, 0) for field in fields)
+
+
+def _check_names(file: Path, config: Mapping[str, Any]) -> None:
+    """ModelError unless a module reads and writes the text's vector."""
+    for field in ("module_input_name", "module_output_name"):
+        if config.get(field) not in (None, "sentence_embedding"):
+            raise ModelError(f"{file}: {field}: expected 'sentence_embedding', got {config[field]!r}")
 
 
 def _count(file: Path, config: Mapping[str, Any], field: str, least: int) -> int:

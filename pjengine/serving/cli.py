@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import pjengine
-from pjengine.config import EngineConfig
+from pjengine.config import TASKS, EngineConfig
 from pjengine.serving import bench_cli, plan_cli
 from pjengine.serving.cli_options import reported_errors, with_engine_options
 
@@ -180,13 +180,20 @@ def convert(
     dtype: Annotated[
         str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the weights written.")
     ] = "auto",
+    task: Annotated[
+        str, typer.Option(metavar="|".join(TASKS), help="What it will be used for: the weights that takes are kept.")
+    ] = "auto",
 ) -> None:
     """Write a model as an Orbax directory with its config and tokenizer, which loads faster and sharded."""
     with reported_errors():
         from pjengine.models.conversion import convert as convert_model
 
         convert_model(
-            source, destination, dtype=dtype, progress=lambda line: print(f"pjengine: {line}", file=sys.stderr)
+            source,
+            destination,
+            dtype=dtype,
+            task=task,
+            progress=lambda line: print(f"pjengine: {line}", file=sys.stderr),
         )
 
 

@@ -143,7 +143,11 @@ def test_dense_modules(dense: Path) -> None:
         ({"in_features": 32}, r"2_Dense: in_features: expected 64, got 32"),
         ({"out_features": 0}, r"2_Dense.config\.json: out_features: expected a whole number from 1 on, got 0"),
         ({"activation_function": "my.Swish"}, r"activation_function: expected one of torch\.nn.* got 'my\.Swish'"),
-        ({"use_residual": True}, r"use_residual: expected False, got True"),
+        (
+            {"module_input_name": "token_embeddings"},
+            r"module_input_name: expected 'sentence_embedding', got 'token_emb",
+        ),
+        ({"use_residual": True}, r"use_residual: expected false, got True"),
     ],
 )
 def test_dense_modules_that_cannot_be_honoured(dense: Path, tmp_path: Path, fields: Any, message: str) -> None:

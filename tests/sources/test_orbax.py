@@ -20,6 +20,7 @@ from pjengine.models.loading import choose_dtype, load_source, model_of
 from pjengine.models.params import is_spec
 from pjengine.models.sources import Pooling, resolve
 from pjengine.tokenizer import load_tokenizer
+from tests.helpers import GOLDEN
 from tests.sources.checkpoints import CONFIG, write_directory, write_gguf
 from tests.text.vocabularies import byte_level_metadata, write_tokenizer
 
@@ -119,6 +120,19 @@ def test_keeps_what_a_sentence_transformer_needs(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(converted)
     assert tokenizer is not None
     assert tokenizer.apply_chat_template([]) == "x"
+
+
+@pytest.mark.parametrize("name", ["sentence-transformer", "cross-encoder"])
+def test_keeps_the_weights_of_a_head(tmp_path: Path, name: str) -> None:
+    """Dense modules and classifiers: what is read back is what was converted."""
+    src = str(GOLDEN / name)
+    dst = str(convert(src, tmp_path / "dst"))
+    assert resolve(dst).sentence == resolve(src).sentence
+    model, params, _ = load(src)
+    again, converted, _ = load(dst)
+    assert again is model
+    assert len(converted["head"]) == 2
+    jax.tree.map(np.testing.assert_array_equal, converted, params)
 
 
 def test_refuses_a_destination_in_use(tmp_path: Path) -> None:
