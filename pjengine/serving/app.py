@@ -24,11 +24,21 @@ from pjengine.serving.protocol.chat import ChatCompletionChunk, ChatCompletionRe
 from pjengine.serving.protocol.completions import CompletionRequest, CompletionResponse
 from pjengine.serving.protocol.embeddings import EmbeddingRequest, EmbeddingResponse
 from pjengine.serving.protocol.models import ModelCard, ModelList, VersionResponse
+from pjengine.serving.protocol.scoring import (
+    ClassifyRequest,
+    ClassifyResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
 from pjengine.serving.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from pjengine.serving.routes import server
 from pjengine.serving.routes.chat import create_chat_completion
+from pjengine.serving.routes.classify import create_classification
 from pjengine.serving.routes.completions import create_completion
 from pjengine.serving.routes.embeddings import create_embeddings
+from pjengine.serving.routes.scoring import create_rerank, create_score
 from pjengine.serving.routes.tokens import detokenize, tokenize
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for an answer that nobody reads
@@ -72,6 +82,18 @@ ENDPOINTS = (
         CompletionResponse,
     ),
     Endpoint("POST", "/v1/embeddings", "Embed texts", create_embeddings, EmbeddingRequest, EmbeddingResponse),
+    *(
+        Endpoint("POST", path, "Rank documents by relevance to a query", create_rerank, RerankRequest, RerankResponse)
+        for path in ("/v1/rerank", "/rerank", "/v2/rerank")
+    ),
+    *(
+        Endpoint("POST", path, "Score pairs of texts", create_score, ScoreRequest, ScoreResponse)
+        for path in ("/v1/score", "/score")
+    ),
+    *(
+        Endpoint("POST", path, "Sort texts into classes", create_classification, ClassifyRequest, ClassifyResponse)
+        for path in ("/v1/classify", "/classify")
+    ),
     Endpoint("GET", "/v1/models", "What is served", server.list_models, response=ModelList),
     Endpoint("GET", "/v1/models/{model:path}", "One served model", server.retrieve_model, response=ModelCard),
     Endpoint("POST", "/tokenize", "Token ids of a text or conversation", tokenize, TokenizeRequest, TokenizeResponse),

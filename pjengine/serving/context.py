@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import pjengine
 from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
+from pjengine.models.sources import Source
+from pjengine.pairs import PairEncoder
 from pjengine.serving.engine_client import EngineClient
 from pjengine.serving.errors import ApiError
 from pjengine.serving.metrics import NUM_COUNTERS, ServerMetrics
@@ -42,7 +43,8 @@ class ServerContext:
       tokenizer: None for a model without one; then only token ids are understood.
       model_names: names that requests may use; the first is the one we answer with.
       model_root: the model as given to `serve`.
-      default_sampling: the model's own sampling defaults.
+      source: its files.
+      pairs: how it reads pairs of texts; None for a model without a tokenizer, or of another kind than "classify".
       gate: shut while the server drains.
       max_body_bytes: longest body of a request.
       created: unix seconds of the server's start.
@@ -52,7 +54,8 @@ class ServerContext:
     tokenizer: Tokenizer | None
     model_names: tuple[str, ...]
     model_root: str
-    default_sampling: Mapping[str, Any]
+    source: Source
+    pairs: PairEncoder | None
     metrics: ServerMetrics
     gate: Gate
     max_body_bytes: int
@@ -62,8 +65,13 @@ class ServerContext:
     def info(self) -> EngineInfo:
         return self.client.info
 
-    def require_model(self, name: str | None, kind: str | None = None) -> None:
-        """Raises ApiError unless `name` is served, and is of the kind the endpoint needs (as EngineInfo.kind)."""
+    def require_model(self, name: str | None, *kinds: str, task: str | None = None) -> None:
+        """Raises ApiError unless `name` is served, and is of a kind (EngineInfo.kind) that the endpoint needs.
+
+        Args:
+          kinds: that it needs; none: any will do.
+          task: what it does with them, for the error; None: the kind says it.
+        """
         if name is not None and name not in self.model_names:
             raise ApiError(
                 404,
@@ -71,11 +79,11 @@ class ServerContext:
                 param="model",
                 code="model_not_found",
             )
-        if kind is not None and self.info.kind != kind:
+        if kinds and self.info.kind not in kinds:
             does = {"generate": "generates text", "embed": "embeds text", "classify": "classifies text"}
             raise ApiError(
                 400,
-                f"model: {self.model_names[0]} {does[self.info.kind]} and does not {kind}",
+                f"model: {self.model_names[0]} {does[self.info.kind]} and does not {task or kinds[0]}",
                 param="model",
                 code="wrong_model_kind",
             )
@@ -87,6 +95,12 @@ class ServerContext:
                 f"{field}: this model has no tokenizer; use endpoints and fields that take token ids", field=field
             )
         return self.tokenizer
+
+    def require_pairs(self, field: str) -> PairEncoder:
+        """Raises InvalidRequest where the model, of kind "classify", has no tokenizer."""
+        self.require_tokenizer(field)
+        assert self.pairs is not None
+        return self.pairs
 
     async def encode(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; long ones are tokenized in a thread."""
@@ -109,16 +123,18 @@ class ServerContext:
         Raises:
           InvalidRequest: there is no prompt in it.
         """
-        if not given:
-            raise InvalidRequest(f"{field}: is empty; give at least one prompt", field=field, code="empty_prompt")
-        if isinstance(given, str):
-            given = [given]
-        if isinstance(given[0], int):
-            given = [given]
+        given = list_prompts(given, field)
         if isinstance(given[0], list):
             return [EncodedPrompt(ids[:max_tokens]) for ids in given]
         encoded = await self.encode_batch(given, field, add_special_tokens, max_tokens)
         return [EncodedPrompt(ids, text) for text, ids in zip(given, encoded, strict=True)]
+
+
+def list_prompts(given: str | list[Any], field: str) -> list[Any]:
+    """The prompts of a request as a list of strings or of lists of token ids; InvalidRequest where there is none."""
+    if not given:
+        raise InvalidRequest(f"{field}: is empty; give at least one prompt", field=field, code="empty_prompt")
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 def make_context(
@@ -127,12 +143,16 @@ def make_context(
     """Of one API process; `row`: of its counters in the file that all of them share."""
     names = options.served_model_names or (config.model,)
     shared = SharedCounters(counters, options.api_processes, row, NUM_COUNTERS)
+    pairs = None
+    if client.info.kind == "classify" and text.tokenizer is not None:
+        pairs = PairEncoder(text.source, text.tokenizer, client.info)
     return ServerContext(
         client=client,
         tokenizer=text.tokenizer,
         model_names=names,
         model_root=config.model,
-        default_sampling=text.default_sampling,
+        source=text.source,
+        pairs=pairs,
         metrics=ServerMetrics(lambda: client.stats, shared, names[0], pjengine.__version__),
         gate=Gate(),
         max_body_bytes=options.max_body_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,13 @@ def max_tokens(context: ServerContext, body: PoolingRequest) -> int | None:
     return window if given == -1 else given
 
 
+def prompt_fields(field: str, given: str | Sequence[Any]) -> list[str]:
+    """What the user calls each of the prompts in a field: `input[2]`, or `input` where it holds but one."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        return [field]
+    return [f"{field}[{i}]" for i in range(len(given))]
+
+
 def usage_of(token_ids: Sequence[Sequence[int]]) -> Usage:
     tokens = sum(map(len, token_ids))
     return Usage(prompt_tokens=tokens, total_tokens=tokens)
@@ -31,7 +38,7 @@ async def run_pooled(
     context: ServerContext,
     token_ids: Sequence[list[int]],
     *,
-    field: str,
+    fields: Sequence[str],
     priority: int,
     arrival: float,
     input_type: Literal["query", "document"] = "query",
@@ -40,7 +47,7 @@ async def run_pooled(
     """Each input's embedding or logits, in order: float32 [inputs, elements].
 
     Args:
-      field: where the user gave the inputs, for errors.
+      fields: where the user gave each input, for errors.
       arrival: of the HTTP request, `time.monotonic()`.
       token_type_ids: segments of each input's tokens.
     Raises:
@@ -50,7 +57,7 @@ async def run_pooled(
     shared = uuid.uuid4().hex
     types = token_type_ids or [None] * len(token_ids)
     requests = []
-    for i, (ids, segments) in enumerate(zip(token_ids, types, strict=True)):
+    for i, (ids, segments, field) in enumerate(zip(token_ids, types, fields, strict=True)):
         check_prompt(ids, context.info, field=field)
         requests.append(
             Request(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from pjengine.config import EngineConfig
 from pjengine.models.sources import Source, resolve
@@ -13,14 +13,14 @@ from pjengine.tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TextSide:
-    """A model's tokenizer and its own sampling defaults."""
+    """A model's files and its tokenizer, None where it has none."""
 
+    source: Source
     tokenizer: Tokenizer | None
-    default_sampling: dict[str, Any]
 
     @classmethod
     def of(cls, source: Source) -> TextSide:
-        return cls(load_tokenizer(source), source.default_sampling)
+        return cls(source, load_tokenizer(source))
 
 
 def load_text_side(config: EngineConfig) -> TextSide:

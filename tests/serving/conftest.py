@@ -21,3 +21,17 @@ def embedder() -> Iterator[LiveServer]:
     """A fake embedding model."""
     with running(fake_command(engine={"kind": "embed"})) as live:
         yield live
+
+
+@pytest.fixture(scope="module")
+def reranker() -> Iterator[LiveServer]:
+    """A fake cross-encoder."""
+    with running(fake_command(engine={"kind": "classify", "labels": ["score"]})) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Iterator[LiveServer]:
+    """A fake classifier of two classes."""
+    with running(fake_command(engine={"kind": "classify", "labels": ["good", "bad"]})) as live:
+        yield live

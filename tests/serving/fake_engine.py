@@ -10,6 +10,7 @@ import os
 import signal
 import struct
 import time
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -18,6 +19,8 @@ from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest, ModelError, OutOfMemory
 from pjengine.metrics import Stats
+from pjengine.models.sentence_files import SentenceFiles
+from pjengine.models.sources import Source
 from pjengine.request import Output, Request, Timings, TokenLogprobs
 from pjengine.serving.text_side import TextSide
 from pjengine.tokenizer import Tokenizer
@@ -34,8 +37,11 @@ EMBEDDING_SIZE = 4
 SPECIAL_TOKENS = ("<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 BOS, EOS = 256, 257
+PROMPTS = SentenceFiles(prompts={"query": "find: "})
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}{{ raise_exception('an unknown role') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -54,7 +60,8 @@ def make_tokenizer() -> Tokenizer:
 
 
 def load_text(config: EngineConfig) -> TextSide:
-    return TextSide(make_tokenizer(), {"temperature": 0.5})
+    source = Source("fake", "dummy", Path("fake"), {"model_type": "bert"}, {"temperature": 0.5}, PROMPTS)
+    return TextSide(source, make_tokenizer())
 
 
 @dataclasses.dataclass
@@ -74,12 +81,14 @@ class FakeEngine:
     """See the module.
 
     Args:
-      kind: "generate" or "embed".
+      kind: "generate", "embed" or "classify".
+      labels: of "classify": a label's logit is how often its first letter comes in the text; of one label, how often
+        "!" does, less 1.
       step_seconds: how long a step takes.
       max_running: sequences in a step; the others wait.
     """
 
-    def __init__(self, config: EngineConfig, kind: str, step_seconds: float, max_running: int):
+    def __init__(self, config: EngineConfig, kind: str, step_seconds: float, max_running: int, labels: tuple[str, ...]):
         self.info = EngineInfo(
             model=config.model,
             kind=kind,
@@ -87,6 +96,9 @@ class FakeEngine:
             max_model_len=WINDOW,
             eos_token_ids=(EOS,),
             embedding_size=EMBEDDING_SIZE if kind == "embed" else 0,
+            labels=labels,
+            activation="" if kind != "classify" else "sigmoid" if len(labels) == 1 else "softmax",
+            token_types=2 if kind == "classify" else 0,
         )
         self._max_waiting = config.max_waiting
         self._step_seconds = step_seconds
@@ -146,6 +158,12 @@ class FakeEngine:
         if "<fail>" in sequence.text:
             output.finish_reason, output.error = "error", "this request cannot be computed"
             return output
+        if self.info.kind == "classify":
+            logits = [sequence.text.count(label[0]) for label in self.info.labels]
+            if len(logits) == 1:
+                logits = [sequence.text.count("!") - 1]
+            output.logits, output.finish_reason = struct.pack(f"<{len(logits)}f", *logits), "stop"
+            return output
         if request.params is None:
             output.embedding = struct.pack(f"<{EMBEDDING_SIZE}f", len(prompt), prompt[0], prompt[-1], 0.1)
             output.finish_reason = "stop"
@@ -182,9 +200,13 @@ def logprobs_of(token: int, k: int) -> TokenLogprobs:
 
 
 def make_fake_engine(
-    config: EngineConfig, kind: str = "generate", step_seconds: float = 0.001, max_running: int = 32
+    config: EngineConfig,
+    kind: str = "generate",
+    step_seconds: float = 0.001,
+    max_running: int = 32,
+    labels: tuple[str, ...] = (),
 ) -> FakeEngine:
-    return FakeEngine(config, kind, step_seconds, max_running)
+    return FakeEngine(config, kind, step_seconds, max_running, tuple(labels))
 
 
 def fail_to_start(config: EngineConfig, how: str) -> FakeEngine:

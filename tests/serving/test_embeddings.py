@@ -84,6 +84,14 @@ def test_long_inputs_are_cut_where_asked(embedder: LiveServer) -> None:
     assert tokens([1, 2, 3, 4], 2) == [2, 1, 2]
 
 
+def test_prompts_of_the_model(embedder: LiveServer) -> None:
+    def tokens(**fields: Any) -> int:
+        found: int = embedder.post("/v1/embeddings", {"input": "abc", **fields}).json()["usage"]["prompt_tokens"]
+        return found
+
+    assert (tokens(), tokens(prompt_name=""), tokens(prompt_name="query")) == (3, 3, 3 + len("find: "))
+
+
 def test_2048_inputs_and_no_more(embedder: LiveServer) -> None:
     answer = embedder.post("/v1/embeddings", {"input": ["a"] * 2048, "input_type": "document"})
     assert len(answer.json()["data"]) == 2048
@@ -104,8 +112,10 @@ def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": [[]]}, "input"),
-        ({"input": ["a", ""]}, "input"),
+        ({"input": [[]]}, "input[0]"),
+        ({"input": ["a", ""]}, "input[1]"),
+        ({"input": "a", "prompt_name": "passage"}, "prompt_name"),
+        ({"input": [1, 2], "prompt_name": "query"}, "prompt_name"),
         ({"input": ["a", 1]}, "input[1]"),
         ({"input": "x" * 513}, "input"),
         ({"input": [400]}, "input"),

@@ -115,7 +115,9 @@ def test_openapi_lists_every_endpoint(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("endpoint", [e for e in ENDPOINTS if e.response], ids=lambda e: e.path)
-def test_answers_are_as_documented(server: LiveServer, embedder: LiveServer, endpoint: Any) -> None:
+def test_answers_are_as_documented(
+    server: LiveServer, embedder: LiveServer, classifier: LiveServer, endpoint: Any
+) -> None:
     """No field more and none less than the response models, which the document is made of, have."""
     bodies: dict[str, Any] = {
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "logprobs": True},
@@ -123,9 +125,14 @@ def test_answers_are_as_documented(server: LiveServer, embedder: LiveServer, end
         "/v1/embeddings": {"input": "a"},
         "/tokenize": {"prompt": "a"},
         "/detokenize": {"tokens": [97]},
+        "/rerank": {"query": "a", "documents": ["b", {"text": "c"}]},
+        "/score": {"text_1": "a", "text_2": "b"},
+        "/classify": {"input": "a"},
     }
-    live = embedder if endpoint.path == "/v1/embeddings" else server
     path = endpoint.path.replace("{model:path}", "fake")
+    name = "/" + path.rsplit("/", 1)[1]
+    bodies |= {path: bodies.get(path, bodies.get(name))}
+    live = {"/embeddings": embedder, "/rerank": embedder, "/score": embedder, "/classify": classifier}.get(name, server)
     answer = live.post(path, bodies[path]) if endpoint.request else live.get(path)
     strict = pydantic.create_model(endpoint.response.__name__, __base__=endpoint.response, __config__=None)
     assert strict.model_validate_json(answer.content).model_dump(mode="json") == answer.json()

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from pjengine.serving.protocol.base import Ignored, RequestModel
+from pjengine.serving.protocol.completions import Prompt
 
 MAX_INPUTS = 2048  # texts of one request, as at OpenAI
+
+
+def _at_most(value: Any) -> Any:
+    if isinstance(value, list) and value and not isinstance(value[0], int) and len(value) > MAX_INPUTS:
+        raise PydanticCustomError(
+            "too_many", "has {found} inputs; send at most {most} a request", {"found": len(value), "most": MAX_INPUTS}
+        )
+    return value
+
+
+PromptInput = Annotated[Prompt, AfterValidator(_at_most)]
 
 
 def _length(value: int | None) -> int | None:

@@ -35,7 +35,7 @@ async def create_chat_completion(context: ServerContext, body: ChatCompletionReq
     )
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = default_params(
-        context.default_sampling,
+        context.source.default_sampling,
         **body.sampling_fields(),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         max_tokens=max_tokens if max_tokens is not None else max(1, context.info.max_model_len - len(prompt.token_ids)),

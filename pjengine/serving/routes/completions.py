@@ -30,7 +30,7 @@ async def create_completion(context: ServerContext, body: CompletionRequest) -> 
     if body.echo:
         prompts = [_with_text(context, prompt) for prompt in prompts]
     params = default_params(
-        context.default_sampling,
+        context.source.default_sampling,
         **body.sampling_fields(),
         logprobs=body.logprobs,
         max_tokens=_max_tokens(context, body, prompts),

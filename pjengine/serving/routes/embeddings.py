@@ -9,8 +9,9 @@ import numpy as np
 from starlette.responses import Response
 
 from pjengine.matryoshka import check_dimensions, shorten
-from pjengine.serving.context import ServerContext
-from pjengine.serving.pooled import max_tokens, run_pooled, usage_of
+from pjengine.prompts import with_prompt
+from pjengine.serving.context import ServerContext, list_prompts
+from pjengine.serving.pooled import max_tokens, prompt_fields, run_pooled, usage_of
 from pjengine.serving.protocol.embeddings import EmbeddingRequest
 from pjengine.serving.responses import arrays_response
 
@@ -19,10 +20,16 @@ async def create_embeddings(context: ServerContext, body: EmbeddingRequest) -> R
     context.require_model(body.model, "embed")
     check_dimensions(body.dimensions, context.info)
     arrival = time.monotonic()
-    prompts = await context.encode_prompts(body.input, "input", body.add_special_tokens, max_tokens(context, body))
+    given = with_prompt(list_prompts(body.input, "input"), context.source.sentence, body.prompt_name)
+    prompts = await context.encode_prompts(given, "input", body.add_special_tokens, max_tokens(context, body))
     token_ids = [prompt.token_ids for prompt in prompts]
     vectors = await run_pooled(
-        context, token_ids, field="input", priority=body.priority, arrival=arrival, input_type=body.input_type
+        context,
+        token_ids,
+        fields=prompt_fields("input", body.input),
+        priority=body.priority,
+        arrival=arrival,
+        input_type=body.input_type,
     )
     vectors = shorten(vectors, body.dimensions)
     encode = np.asarray if body.encoding_format == "float" else _base64
