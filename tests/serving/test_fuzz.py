@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from pjengine.serving.protocol.chat import ChatCompletionRequest
 from pjengine.serving.protocol.completions import CompletionRequest
+from pjengine.serving.protocol.embeddings import EmbeddingRequest
+from pjengine.serving.protocol.scoring import ClassifyRequest, RerankRequest, ScoreRequest
 from pjengine.serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from tests.serving.live_server import LiveServer
 
@@ -46,19 +48,28 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
         ChatCompletionRequest, {"messages": st.lists(messages, max_size=2), "max_tokens": st.just(3)}
     ),
     "/tokenize": bodies(TokenizeRequest, {"prompt": st.text(max_size=5)}),
+    "/v1/embeddings": bodies(EmbeddingRequest, {"input": st.text(max_size=5) | values}),
+    "/rerank": bodies(
+        RerankRequest, {"query": st.text(max_size=5), "documents": st.lists(st.text(max_size=5) | values)}
+    ),
+    "/score": bodies(ScoreRequest, {"text_1": st.text(max_size=5), "text_2": st.text(max_size=5) | values}),
+    "/classify": bodies(ClassifyRequest, {"input": st.text(max_size=5) | values}),
     "/detokenize": bodies(DetokenizeRequest, {"tokens": st.lists(st.integers(-1, 270), max_size=3)}),
 }
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_any_json(server: LiveServer, path: str) -> None:
-    statuses = set()
+def test_any_json(
+    server: LiveServer, embedder: LiveServer, reranker: LiveServer, classifier: LiveServer, path: str
+) -> None:
+    kinds = {"/v1/embeddings": embedder, "/rerank": reranker, "/score": embedder, "/classify": classifier}
+    live, statuses = kinds.get(path, server), set()
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(BODIES[path])
     def check(body: Any) -> None:
         content = json.dumps(body).encode()
-        answer = server.http.post(server.url + path, content=content)
+        answer = live.http.post(live.url + path, content=content)
         statuses.add(answer.status_code)
         assert answer.status_code in (200, 400, 404), answer.text
         if answer.status_code != 200:
@@ -72,5 +83,5 @@ def test_any_json(server: LiveServer, path: str) -> None:
     check()
     assert 200 in statuses
     assert 400 in statuses
-    assert "Traceback" not in server.log
-    server.wait_idle()
+    assert "Traceback" not in live.log
+    live.wait_idle()
