@@ -21,13 +21,20 @@ if TYPE_CHECKING:
         PJEngineError,
     )
     from pjengine.llm import LLM
-    from pjengine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
+    from pjengine.outputs import (
+        ClassificationOutput,
+        CompletionOutput,
+        EmbeddingOutput,
+        RankedDocument,
+        RequestOutput,
+    )
     from pjengine.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "ClassificationOutput",
     "CompletionOutput",
     "ConfigError",
     "EmbeddingOutput",
@@ -39,6 +46,7 @@ __all__ = [
     "ModelError",
     "OutOfMemory",
     "PJEngineError",
+    "RankedDocument",
     "RequestOutput",
     "SamplingParams",
     "__version__",
@@ -57,7 +65,7 @@ _HOMES = {
         "PJEngineError",
     ),
     "llm": ("LLM",),
-    "outputs": ("CompletionOutput", "EmbeddingOutput", "RequestOutput"),
+    "outputs": ("ClassificationOutput", "CompletionOutput", "EmbeddingOutput", "RankedDocument", "RequestOutput"),
     "sampling_params": ("SamplingParams",),
 }
 _HOME = {name: f"pjengine.{module}" for module, names in _HOMES.items() for name in names}

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from tqdm import tqdm
 
+from pjengine.activations import activate
 from pjengine.collector import Collector
 from pjengine.config import EngineConfig
-from pjengine.errors import ConfigError, EngineDead, EngineOverloaded, InvalidRequest, PJEngineError
+from pjengine.errors import ConfigError, EngineDead, InvalidRequest
 from pjengine.factory import make_engine
-from pjengine.interrupts import deferred_interrupts
 from pjengine.matryoshka import check_dimensions, shorten
 from pjengine.models.sources import resolve
-from pjengine.outputs import EmbeddingOutput, RequestOutput
+from pjengine.offline_run import Progress, run_pooled, run_requests
+from pjengine.outputs import ClassificationOutput, EmbeddingOutput, RankedDocument, RequestOutput
+from pjengine.pairs import PairEncoder
 from pjengine.prompts import (
     Message,
     Prompt,
@@ -27,17 +27,19 @@ from pjengine.prompts import (
     as_prompts,
     default_params,
     engine_params,
+    fit_tokens,
     fit_window,
     with_prompt,
 )
 from pjengine.request import Output, Request
 from pjengine.request_checks import check_prompt
 from pjengine.sampling_params import SamplingParams
+from pjengine.scoring import check_scorer, cosine_scores, group_pairs, logit_scores, ranking
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
 
 class LLM:
-    """A model ready to generate or embed, in this process.
+    """A model ready to generate, embed, score or classify, in this process.
 
     Not thread-safe: one call at a time. Use as a context manager, or `close()` it, to free the device's memory.
 
@@ -52,10 +54,8 @@ class LLM:
 
     def __init__(self, model: str, **options: Any):
         config = EngineConfig.make(model, **options)
-        source = resolve(config.model, config.load_format)
+        self._source = source = resolve(config.model, config.load_format)
         self.tokenizer: Tokenizer | None = load_tokenizer(source)
-        self._default_sampling = source.default_sampling
-        self._sentence = source.sentence
         self._engine = make_engine(config)
         self._ids = itertools.count()
         self._closed = False
@@ -125,6 +125,7 @@ class LLM:
         *,
         prompt_name: str | None = None,
         dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
     ) -> list[EmbeddingOutput]:
         """Embeds each prompt, pooled and normalised as the model's own configuration says.
 
@@ -134,6 +135,8 @@ class LLM:
           prompt_name: which of the model's own prompts to put before each text; "": none; None: the model's default.
           dimensions: keep so many elements of each embedding, scaled to length 1, for models trained for it
             (Matryoshka); None: all, as the model makes them.
+          truncate_prompt_tokens: longer texts lose their end: -1, beyond the model's window; N, beyond N tokens. None:
+            they are refused where the window has no room for them.
         Returns:
           one result per prompt, in the order of the prompts.
         Raises:
@@ -141,20 +144,111 @@ class LLM:
         """
         self._require("embed", "embed")
         check_dimensions(dimensions, self._engine.info)
-        texts = with_prompt(as_prompts(prompts), self._sentence, prompt_name)
-        token_ids = self._encode(texts, add_special_tokens=True)
-        embeddings: dict[int, np.ndarray] = {}
-        with _Progress(len(token_ids), "Embedding", use_tqdm) as progress:
+        texts = with_prompt(as_prompts(prompts), self._source.sentence, prompt_name)
+        token_ids = self._encode(texts, True, truncate_prompt_tokens)
+        vectors = run_pooled(self._engine, self._requests(token_ids), "Embedding", "prompts", use_tqdm)
+        vectors = shorten(vectors, dimensions)
+        return [EmbeddingOutput(vector, ids) for vector, ids in zip(vectors, token_ids, strict=True)]
 
-            def receive(i: int, output: Output) -> bool:
-                if output.embedding is None:
-                    raise PJEngineError(f"prompts[{i}]: {output.error or 'the engine gave no embedding'}")
-                (embeddings[i],) = shorten(np.frombuffer(output.embedding, "<f4").astype(np.float32)[None], dimensions)
-                progress.advance(len(token_ids[i]), 0)
-                return False
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        use_tqdm: bool = True,
+        *,
+        instruction: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_activation: bool = True,
+    ) -> np.ndarray:
+        """Scores pairs of texts: with a cross-encoder or reranker, or by the cosine similarity of embeddings.
 
-            self._run([(ids, None) for ids in token_ids], receive)
-        return [EmbeddingOutput(embeddings[i], ids) for i, ids in enumerate(token_ids)]
+        Args:
+          queries, documents: one query with every document, or as many as there are documents, one with one.
+          use_tqdm: show a progress bar.
+          instruction: what to judge by, for rerankers with a prompt (Qwen3-Reranker); None: the model's default.
+          truncate_prompt_tokens: as in `embed`; of a pair it is the document that loses its end.
+          use_activation: apply the model's own activation, most often a sigmoid; else the scores are logits.
+        Returns:
+          float32 [pairs], in order.
+        Raises:
+          InvalidRequest: a text is wrong, or the numbers do not match. Nothing was scored then.
+        """
+        self._require("classify", "score", also="embed")
+        info = self._engine.info
+        check_scorer(info)
+        groups = group_pairs(queries, documents)
+        if info.kind == "embed":
+            if instruction is not None:
+                raise InvalidRequest(f"instruction: {info.model} reads none; leave it out", field="instruction")
+            texts = [query for query, _ in groups] + [text for _, paired in groups for text in paired]
+            found = self.embed(texts, use_tqdm, truncate_prompt_tokens=truncate_prompt_tokens)
+            vectors = np.stack([output.embedding for output in found])
+            owners = np.repeat(np.arange(len(groups)), [len(paired) for _, paired in groups])
+            return cosine_scores(vectors[owners], vectors[len(groups) :])
+        if self.tokenizer is None:
+            raise InvalidRequest("queries: this model has no tokenizer, which pairs need", field="queries")
+        encoder = PairEncoder(self._source, self.tokenizer, info)
+        most = fit_tokens(truncate_prompt_tokens, info)
+        pairs = [
+            pair
+            for query, paired in groups
+            for pair in encoder.encode(query, paired, instruction=instruction, max_tokens=most)
+        ]
+        for i, pair in enumerate(pairs):
+            check_prompt(pair.token_ids, info, field=f"documents[{i}]")
+        requests = self._requests([p.token_ids for p in pairs], None, [p.token_type_ids for p in pairs])
+        return logit_scores(run_pooled(self._engine, requests, "Scoring", "documents", use_tqdm), info, use_activation)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_n: int | None = None,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[RankedDocument]:
+        """Ranks documents by their relevance to a query.
+
+        Args:
+          top_n: only the best so many; None: all.
+          use_tqdm: show a progress bar.
+          **options: those of `score`.
+        Returns:
+          the documents, the most relevant first; equal scores keep their order.
+        Raises:
+          InvalidRequest: as in `score`.
+        """
+        documents = list(documents)
+        scores = self.score(query, documents, use_tqdm, **options)
+        return [RankedDocument(i, float(scores[i]), documents[i]) for i in ranking(scores, top_n)]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_activation: bool = True,
+    ) -> list[ClassificationOutput]:
+        """Sorts each prompt into one of the model's classes.
+
+        Args:
+          prompts: one text or a list of them, each a string or token ids (special ones included).
+          use_tqdm: show a progress bar.
+          truncate_prompt_tokens: as in `embed`.
+          use_activation: apply the model's own activation (softmax, or sigmoid for one class); else `probs` are logits.
+        Returns:
+          one result per prompt, in the order of the prompts.
+        Raises:
+          InvalidRequest: a prompt is wrong. Nothing was classified then.
+        """
+        self._require("classify", "classify")
+        info = self._engine.info
+        token_ids = self._encode(as_prompts(prompts), True, truncate_prompt_tokens)
+        logits = run_pooled(self._engine, self._requests(token_ids), "Classifying", "prompts", use_tqdm)
+        scores = activate(logits, info.activation) if use_activation else logits
+        best = logits.argmax(-1).tolist()
+        return [ClassificationOutput(info.labels[b], s, ids) for b, s, ids in zip(best, scores, token_ids, strict=True)]
 
     def close(self) -> None:
         """Frees the model, its cache and the device's memory; the object is of no use afterwards."""
@@ -176,7 +270,7 @@ class LLM:
             Collector(text if isinstance(text, str) else None, ids, p, self.tokenizer)
             for text, ids, p in zip(texts, token_ids, params, strict=True)
         ]
-        with _Progress(len(collectors), "Generating", use_tqdm) as progress:
+        with Progress(len(collectors), "Generating", use_tqdm) as progress:
 
             def receive(i: int, output: Output) -> bool:
                 collector = collectors[i]
@@ -185,57 +279,34 @@ class LLM:
                     progress.advance(len(token_ids[i]), collector.generated_tokens)
                 return stopped
 
-            self._run(list(zip(token_ids, params, strict=True)), receive)
+            run_requests(self._engine, self._requests(token_ids, params), receive)
         return [collector.result() for collector in collectors]
 
-    def _run(
-        self, work: Sequence[tuple[list[int], SamplingParams | None]], receive: Callable[[int, Output], bool]
-    ) -> None:
-        """Runs requests of (prompt, parameters), as many at a time as the engine takes, until all have finished.
+    def _requests(
+        self,
+        token_ids: Sequence[list[int]],
+        params: Sequence[SamplingParams] | None = None,
+        token_type_ids: Sequence[list[int] | None] | None = None,
+    ) -> list[Request]:
+        nothing = [None] * len(token_ids)
+        each = zip(token_ids, params or nothing, token_type_ids or nothing, strict=True)
+        return [
+            Request(request_id=str(next(self._ids)), prompt_token_ids=ids, params=p, token_type_ids=types)
+            for ids, p, types in each
+        ]
 
-        However it ends, by an error or Ctrl-C too, none of them is left in the engine.
-
-        Args:
-          work: the requests.
-          receive: gets (index of the request, what it gained) and says whether that sequence must be aborted now.
-        """
-        engine = self._engine
-        index: dict[str, int] = {}
-        try:
-            with deferred_interrupts() as check_interrupt:
-                while len(index) < len(work) or engine.has_work:
-                    self._feed(work, index)
-                    for output in engine.step():
-                        i = index.get(output.request_id)
-                        if i is not None and receive(i, output):
-                            engine.abort(output.request_id, output.index)
-                    check_interrupt()
-        finally:
-            for request_id in index:
-                engine.abort(request_id)
-
-    def _feed(self, work: Sequence[tuple[list[int], SamplingParams | None]], index: dict[str, int]) -> None:
-        """Adds requests until the engine's queue is full; enters them in `index`."""
-        while len(index) < len(work):
-            token_ids, params = work[len(index)]
-            request = Request(request_id=str(next(self._ids)), prompt_token_ids=token_ids, params=params)
-            try:
-                self._engine.add(request)
-            except EngineOverloaded:
-                if not self._engine.has_work:
-                    raise  # it will never fit
-                return
-            index[request.request_id] = len(index)
-
-    def _encode(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each prompt, checked."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    def _encode(
+        self, prompts: Sequence[Prompt], add_special_tokens: bool, truncate_prompt_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of each prompt, cut and checked."""
+        info, texts = self._engine.info, [prompt for prompt in prompts if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise InvalidRequest("prompts: this model has no tokenizer; give token ids", field="prompts")
-        tokenized = iter(self.tokenizer.encode_batch(texts, add_special_tokens) if self.tokenizer else ())
-        encoded = [next(tokenized) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        most = fit_tokens(truncate_prompt_tokens, info)
+        tokenized = iter(self.tokenizer.encode_batch(texts, add_special_tokens, most) if self.tokenizer else ())
+        encoded = [next(tokenized) if isinstance(prompt, str) else list(prompt)[:most] for prompt in prompts]
         for i, ids in enumerate(encoded):
-            check_prompt(ids, self._engine.info, field=f"prompts[{i}]")
+            check_prompt(ids, info, field=f"prompts[{i}]")
         return encoded
 
     def _params(
@@ -244,41 +315,21 @@ class LLM:
         """SamplingParams of each prompt, as the engine takes them."""
         info, count = self._engine.info, len(token_ids)
         if given is None:
-            given = default_params(self._default_sampling)
+            given = default_params(self._source.default_sampling)
         if isinstance(given, SamplingParams):
             each = [engine_params(given, info, self.tokenizer)] * count
         else:
             each = [engine_params(p, info, self.tokenizer) for p in as_params(given, count)]
         return [fit_window(p, len(ids), info) for p, ids in zip(each, token_ids, strict=True)]
 
-    def _require(self, kind: str, method: str) -> None:
+    def _require(self, kind: str, method: str, also: str | None = None) -> None:
         if self._closed:
             raise EngineDead("this LLM is closed; make a new one")
         info = self._engine.info
-        if info.kind != kind:
-            other = {"embed": "embed", "classify": "classify or score", "generate": "generate or chat"}[info.kind]
+        if info.kind not in (kind, also):
+            other = {
+                "embed": "embed, score or rerank",
+                "classify": "classify, score or rerank",
+                "generate": "generate or chat",
+            }[info.kind]
             raise ConfigError(f"model: {info.model} cannot {method}; use {other}, or another model")
-
-
-class _Progress:
-    """A bar over requests, with token rates; `advance` counts one request."""
-
-    def __init__(self, total: int, what: str, shown: bool):
-        self._bar = tqdm(total=total, desc=what, unit="req", dynamic_ncols=True, disable=not shown)
-        self._start = time.monotonic()
-        self._tokens_in = 0
-        self._tokens_out = 0
-
-    def advance(self, tokens_in: int, tokens_out: int) -> None:
-        self._tokens_in += tokens_in
-        self._tokens_out += tokens_out
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rates = f"in {self._tokens_in / seconds:.0f} tok/s, out {self._tokens_out / seconds:.0f} tok/s"
-        self._bar.set_postfix_str(rates, refresh=False)
-        self._bar.update()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -59,3 +59,21 @@ class EmbeddingOutput:
 
     embedding: np.ndarray
     prompt_token_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassificationOutput:
+    """The class of one prompt: the most likely label, float32 [labels] of all, and the tokens it was made of."""
+
+    label: str
+    probs: np.ndarray
+    prompt_token_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedDocument:
+    """A document, its place among those that were given, and its score."""
+
+    index: int
+    relevance_score: float
+    document: str

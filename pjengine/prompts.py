@@ -31,6 +31,20 @@ def fit_window(params: SamplingParams, prompt_tokens: int, info: EngineInfo) -> 
     return msgspec.structs.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
+def fit_tokens(truncate_prompt_tokens: int | None, info: EngineInfo) -> int | None:
+    """The most tokens of an input, of what a user asks for: -1, the model's window; N, N; None, inputs are not cut.
+
+    Raises:
+      InvalidRequest: another value.
+    """
+    if truncate_prompt_tokens is not None and truncate_prompt_tokens < 1 and truncate_prompt_tokens != -1:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens: expected -1 or at least 1, got {truncate_prompt_tokens}",
+            field="truncate_prompt_tokens",
+        )
+    return info.max_model_len if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+
+
 def default_params(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
     """SamplingParams of the given fields; where None or missing, the model's own defaults, then SamplingParams'.
 

@@ -174,6 +174,27 @@ def embed(
 
 
 @app.command()
+@with_engine_options
+def rerank(
+    model: Model,
+    config: EngineConfig,
+    query: Annotated[str, typer.Argument(metavar="QUERY")],
+    documents: Annotated[list[str] | None, typer.Argument(metavar="[DOCUMENT]...")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", help="JSONL file of more documents, as for embed. - is standard input.", show_default=False
+        ),
+    ] = None,
+    top_n: Annotated[int | None, typer.Option(help="Only the best so many.", min=1, show_default=False)] = None,
+) -> None:
+    """Rank documents by relevance to a query; writes JSONL, the best first. Long ones are cut to the model's window."""
+    from pjengine.serving.offline import run_rerank
+
+    run_rerank(config, query, documents or [], input_file, top_n)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The model, as `serve` takes it.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that does not exist or is empty.")],

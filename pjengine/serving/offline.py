@@ -1,4 +1,4 @@
-"""`pjengine generate` and `pjengine embed`: one call of `LLM` each."""
+"""`pjengine generate`, `embed` and `rerank`: one call of `LLM` each."""
 
 from __future__ import annotations
 
@@ -28,15 +28,32 @@ def run_generate(config: EngineConfig, prompts: list[str], **sampling: Any) -> N
 def run_embed(config: EngineConfig, texts: list[str], input_file: Path | None, output_file: Path | None) -> None:
     """Writes the embeddings of `texts` and of the input file's lines, as JSONL."""
     with contextlib.ExitStack() as stack:
-        if input_file is not None:
-            lines = sys.stdin if str(input_file) == "-" else stack.enter_context(_opened(input_file, "r"))
-            texts = [*texts, *_texts(lines, input_file)]
+        texts = [*texts, *_read(input_file, stack)]
         if not texts:
             raise InvalidRequest("texts: there are none; give them as arguments or with --input", field="texts")
         out = sys.stdout if output_file is None else stack.enter_context(_opened(output_file, "w"))
         llm = stack.enter_context(LLM(**dataclasses.asdict(config)))
         for index, result in enumerate(llm.embed(texts, use_tqdm=len(texts) > 1)):
             print(json.dumps({"index": index, "embedding": result.embedding.tolist()}), file=out)
+
+
+def run_rerank(
+    config: EngineConfig, query: str, documents: list[str], input_file: Path | None, top_n: int | None
+) -> None:
+    """Prints the documents, from arguments and the input file's lines, as JSONL, the most relevant first."""
+    with contextlib.ExitStack() as stack:
+        documents = [*documents, *_read(input_file, stack)]
+        llm = stack.enter_context(LLM(**dataclasses.asdict(config)))
+        for found in llm.rerank(query, documents, top_n, len(documents) > 1, truncate_prompt_tokens=-1):
+            row = {"index": found.index, "relevance_score": found.relevance_score, "document": found.document}
+            print(json.dumps(row, ensure_ascii=False))
+
+
+def _read(input_file: Path | None, stack: contextlib.ExitStack) -> list[str]:
+    if input_file is None:
+        return []
+    lines = sys.stdin if str(input_file) == "-" else stack.enter_context(_opened(input_file, "r"))
+    return list(_texts(lines, input_file))
 
 
 @contextlib.contextmanager

@@ -13,13 +13,6 @@ from pjengine.request_checks import check_prompt
 from pjengine.serving.context import ServerContext
 from pjengine.serving.errors import GenerationError
 from pjengine.serving.protocol.base import Usage
-from pjengine.serving.protocol.pooling import PoolingRequest
-
-
-def max_tokens(context: ServerContext, body: PoolingRequest) -> int | None:
-    """What `truncate_prompt_tokens` asks for: the most tokens of an input; None: inputs are not cut."""
-    given, window = body.truncate_prompt_tokens, context.info.max_model_len
-    return window if given == -1 else given
 
 
 def prompt_fields(field: str, given: str | Sequence[Any]) -> list[str]:

@@ -5,15 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pjengine import LLM, InvalidRequest
+from pjengine import LLM, ConfigError, InvalidRequest
 from pjengine.activations import activate
-from pjengine.config import EngineConfig
-from pjengine.factory import make_engine
-from pjengine.models.sources import resolve
-from pjengine.pairs import PairEncoder
-from pjengine.request import Request
-from pjengine.tokenizer import load_tokenizer
-from tests.helpers import GOLDEN, load_golden, relative_error
+from tests.helpers import GOLDEN, load_golden, relative_error, split_rows
 
 
 def test_an_embedder_with_prompts_and_dense_layers() -> None:
@@ -33,17 +27,54 @@ def test_an_embedder_with_prompts_and_dense_layers() -> None:
 @pytest.mark.parametrize("name", ["cross-encoder", "reranker"])
 def test_scores_of_pairs(name: str) -> None:
     golden, metadata = load_golden(name)
-    path = str(GOLDEN / name)
-    engine = make_engine(EngineConfig(model=path, dtype="float32", max_num_batched_tokens=128, compile_cache=""))
-    source = resolve(path)
-    tokenizer = load_tokenizer(source)
-    assert tokenizer is not None
-    pairs = PairEncoder(source, tokenizer, engine.info).encode(metadata["query"], metadata["texts"])
-    for i, pair in enumerate(pairs):
-        engine.add(Request(request_id=str(i), prompt_token_ids=pair.token_ids, token_type_ids=pair.token_type_ids))
-    logits: dict[int, np.ndarray] = {}
-    while engine.has_work:
-        logits |= {int(o.request_id): np.frombuffer(o.logits or b"", "<f4") for o in engine.step()}
-    scores = activate(np.stack([logits[i] for i in range(len(pairs))]), engine.info.activation)
-    assert scores.shape == (len(pairs), 1)
-    assert relative_error(scores[:, 0], golden["scores"]) < 1e-4
+    query, texts = metadata["query"], metadata["texts"]
+    with LLM(str(GOLDEN / name), dtype="float32", max_num_batched_tokens=128) as llm:
+        scores = llm.score(query, texts, use_tqdm=False)
+        assert scores.shape == (len(texts),)
+        assert scores.dtype == np.dtype("float32")
+        assert relative_error(scores, golden["scores"]) < 1e-4
+        np.testing.assert_allclose(llm.score([query] * len(texts), texts, use_tqdm=False), scores, atol=1e-6)
+        logits = llm.score(query, texts, use_tqdm=False, use_activation=False)
+        np.testing.assert_allclose(activate(logits, llm._engine.info.activation), scores, rtol=1e-5)
+        best = llm.rerank(query, texts, 2, use_tqdm=False)
+        order = np.argsort(-golden["scores"])[:2].tolist()
+        assert [(r.index, r.document) for r in best] == [(i, texts[i]) for i in order]
+        assert best[0].relevance_score == pytest.approx(scores.max(), rel=1e-5)
+        with pytest.raises(InvalidRequest, match="queries: 2 of them for 3 documents; give one, or as many"):
+            llm.score(["a", "b"], ["c", "d", "e"])
+        with pytest.raises(InvalidRequest, match=r"documents\[1\]: \d+ tokens, but the model's window of"):
+            llm.score("a", ["b", "c " * 200], use_tqdm=False)
+        assert llm.score("a", ["b", "c " * 200], use_tqdm=False, truncate_prompt_tokens=-1).shape == (2,)
+        with pytest.raises(ConfigError, match="cannot embed; use classify, score or rerank"):
+            llm.embed("a")
+        if name == "cross-encoder":
+            with pytest.raises(InvalidRequest, match="instruction: "):
+                llm.score(query, texts, instruction="judge")
+
+
+def test_an_embedder_scores_by_similarity() -> None:
+    with LLM(str(GOLDEN / "sentence-transformer"), dtype="float32", max_num_batched_tokens=128) as llm:
+        query, *texts = [result.embedding for result in llm.embed(["ab cd", "ab", "xyz", "ab cd"], use_tqdm=False)]
+        expected = [query @ text / np.linalg.norm(query) / np.linalg.norm(text) for text in texts]
+        np.testing.assert_allclose(llm.score("ab cd", ["ab", "xyz", "ab cd"], use_tqdm=False), expected, atol=1e-6)
+        assert llm.rerank("ab cd", ["ab", "xyz", "ab cd"], 1, use_tqdm=False)[0].index == 2
+        assert len(llm.embed("a" * 60, use_tqdm=False, truncate_prompt_tokens=-1)[0].prompt_token_ids) == 48
+        assert len(llm.embed([[7] * 60], use_tqdm=False, truncate_prompt_tokens=5)[0].prompt_token_ids) == 5
+        with pytest.raises(InvalidRequest, match="truncate_prompt_tokens: expected -1 or at least 1, got 0"):
+            llm.embed("a", truncate_prompt_tokens=0)
+
+
+def test_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    golden, _ = load_golden("roberta-classifier")
+    rows = split_rows(golden["tokens"], golden["starts"])
+    with LLM(str(GOLDEN / "roberta-classifier"), dtype="float32", max_num_batched_tokens=128) as llm:
+        results = llm.classify(rows)
+        assert f"Classifying: 100%|██████████| {len(rows)}/{len(rows)}" in capsys.readouterr().err
+        assert [result.prompt_token_ids for result in results] == rows
+        expected = activate(golden["logits"], "softmax")
+        assert relative_error(np.stack([result.probs for result in results]), expected) < 1e-4
+        assert [result.label for result in results] == [f"LABEL_{i}" for i in golden["logits"].argmax(-1)]
+        logits = [result.probs for result in llm.classify(rows, use_tqdm=False, use_activation=False)]
+        assert relative_error(np.stack(logits), golden["logits"]) < 1e-4
+        with pytest.raises(InvalidRequest, match="sorts texts into 3 classes and scores no pairs"):
+            llm.score("a", "b")

@@ -18,6 +18,7 @@ from pjengine.config import EngineConfig
 from pjengine.serving.cli import app
 from pjengine.serving.cli_options import attribute_docs
 from pjengine.serving.server_options import ServerOptions
+from tests.helpers import GOLDEN, load_golden
 from tests.serving.live_server import ROOT
 
 HEAVY = {"jax", "numpy", "transformers", "tokenizers", "starlette", "uvicorn", "zmq", "pydantic", "rich"}
@@ -50,7 +51,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert not HEAVY & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "generate", "embed"])
+@pytest.mark.parametrize("command", ["serve", "chat", "generate", "embed", "rerank"])
 def test_every_engine_option_is_a_flag(command: str) -> None:
     text = run(command, "--help").stdout
     for field in dataclasses.fields(EngineConfig):
@@ -190,3 +191,17 @@ def _cpu_seconds(*arguments: str) -> float:
     run(*arguments)
     after = os.times()
     return after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def test_rerank(tmp_path: Path) -> None:
+    golden, metadata = load_golden("cross-encoder")
+    first, *others = metadata["texts"]
+    file = tmp_path / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in others))
+    model = str(GOLDEN / "cross-encoder")
+    done = run("rerank", model, metadata["query"], first, "--input", str(file), "--top-n", "2", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    best = golden["scores"].argsort()[::-1][:2].tolist()
+    assert [(row["index"], row["document"]) for row in rows] == [(i, metadata["texts"][i]) for i in best]
+    assert rows[0]["relevance_score"] == pytest.approx(float(golden["scores"].max()), rel=1e-4)

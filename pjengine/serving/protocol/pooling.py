@@ -24,15 +24,9 @@ def _at_most(value: Any) -> Any:
 PromptInput = Annotated[Prompt, AfterValidator(_at_most)]
 
 
-def _length(value: int | None) -> int | None:
-    if value == 0:
-        raise PydanticCustomError("truncate_prompt_tokens", "should be -1, or at least 1")
-    return value
-
-
 class PoolingRequest(RequestModel):
     model: str | None = Field(None, description="A name that /v1/models lists; null: the model that is served.")
-    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1), AfterValidator(_length)] = Field(
+    truncate_prompt_tokens: int | None = Field(
         None,
         description="Longer inputs lose their end: -1, beyond the model's window; N, beyond N tokens. null: refused.",
     )

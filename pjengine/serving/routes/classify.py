@@ -8,8 +8,9 @@ import uuid
 from starlette.responses import Response
 
 from pjengine.activations import activate
+from pjengine.prompts import fit_tokens
 from pjengine.serving.context import ServerContext
-from pjengine.serving.pooled import max_tokens, prompt_fields, run_pooled, usage_of
+from pjengine.serving.pooled import prompt_fields, run_pooled, usage_of
 from pjengine.serving.protocol.scoring import Classification, ClassifyRequest, ClassifyResponse
 from pjengine.serving.responses import json_response
 
@@ -17,7 +18,8 @@ from pjengine.serving.responses import json_response
 async def create_classification(context: ServerContext, body: ClassifyRequest) -> Response:
     context.require_model(body.model, "classify")
     arrival = time.monotonic()
-    prompts = await context.encode_prompts(body.input, "input", body.add_special_tokens, max_tokens(context, body))
+    most = fit_tokens(body.truncate_prompt_tokens, context.info)
+    prompts = await context.encode_prompts(body.input, "input", body.add_special_tokens, most)
     token_ids = [prompt.token_ids for prompt in prompts]
     fields = prompt_fields("input", body.input)
     logits = await run_pooled(context, token_ids, fields=fields, priority=body.priority, arrival=arrival)

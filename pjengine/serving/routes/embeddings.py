@@ -9,9 +9,9 @@ import numpy as np
 from starlette.responses import Response
 
 from pjengine.matryoshka import check_dimensions, shorten
-from pjengine.prompts import with_prompt
+from pjengine.prompts import fit_tokens, with_prompt
 from pjengine.serving.context import ServerContext, list_prompts
-from pjengine.serving.pooled import max_tokens, prompt_fields, run_pooled, usage_of
+from pjengine.serving.pooled import prompt_fields, run_pooled, usage_of
 from pjengine.serving.protocol.embeddings import EmbeddingRequest
 from pjengine.serving.responses import arrays_response
 
@@ -21,7 +21,8 @@ async def create_embeddings(context: ServerContext, body: EmbeddingRequest) -> R
     check_dimensions(body.dimensions, context.info)
     arrival = time.monotonic()
     given = with_prompt(list_prompts(body.input, "input"), context.source.sentence, body.prompt_name)
-    prompts = await context.encode_prompts(given, "input", body.add_special_tokens, max_tokens(context, body))
+    most = fit_tokens(body.truncate_prompt_tokens, context.info)
+    prompts = await context.encode_prompts(given, "input", body.add_special_tokens, most)
     token_ids = [prompt.token_ids for prompt in prompts]
     vectors = await run_pooled(
         context,

@@ -13,10 +13,10 @@ from starlette.responses import Response
 
 from pjengine.errors import InvalidRequest
 from pjengine.pairs import PairTokens
-from pjengine.prompts import with_prompt
+from pjengine.prompts import fit_tokens, with_prompt
 from pjengine.scoring import check_scorer, cosine_scores, group_pairs, logit_scores, ranking
 from pjengine.serving.context import ServerContext
-from pjengine.serving.pooled import max_tokens, prompt_fields, run_pooled, usage_of
+from pjengine.serving.pooled import prompt_fields, run_pooled, usage_of
 from pjengine.serving.protocol.base import Usage
 from pjengine.serving.protocol.scoring import (
     PairRequest,
@@ -83,7 +83,10 @@ async def _score(context: ServerContext, body: PairRequest, pairs: _Pairs) -> tu
     if context.info.kind == "embed":
         return await _by_similarity(context, body, pairs)
     arrival = time.monotonic()
-    encoder, most = context.require_pairs(pairs.document_fields[0]), max_tokens(context, body)
+    encoder, most = (
+        context.require_pairs(pairs.document_fields[0]),
+        fit_tokens(body.truncate_prompt_tokens, context.info),
+    )
 
     def encode() -> list[PairTokens]:
         return [
@@ -113,7 +116,8 @@ async def _by_similarity(context: ServerContext, body: PairRequest, pairs: _Pair
     queries = [query for query, _ in pairs.groups]
     documents = [text for _, texts in pairs.groups for text in texts]
     texts = with_prompt(queries + documents, context.source.sentence, None)
-    prompts = await context.encode_prompts(texts, pairs.document_fields[0], True, max_tokens(context, body))
+    most = fit_tokens(body.truncate_prompt_tokens, context.info)
+    prompts = await context.encode_prompts(texts, pairs.document_fields[0], True, most)
     encoded = [prompt.token_ids for prompt in prompts]
     vectors = await run_pooled(
         context, encoded, fields=pairs.query_fields + pairs.document_fields, priority=body.priority, arrival=arrival
