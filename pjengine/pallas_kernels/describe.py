@@ -43,6 +43,7 @@ def describe_backends(
     ]
     rows = []
     for op, backends, spec in ops:
-        chosen, refusals = choose(backend, backends, spec, target or current_target())
+        name = kv_write.writer(backend) if op == "rope_write_kv" else backend
+        chosen, refusals = choose(name, backends, spec, target or current_target())
         rows.append((op, chosen.name if chosen else "none", "; ".join(f"{n}: {r}" for n, r in refusals)))
     return rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from pjengine.errors import ConfigError, KernelUnavailable
 from pjengine.pallas_kernels import describe_backends
 from pjengine.pallas_kernels.backends import Backend, Target, accept, current_target, select
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.triton_support import triton_refusal
 
 CPU, HOPPER, AMPERE = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108)
 SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=64, page_size=16)
@@ -71,10 +74,42 @@ def test_description_names_every_op() -> None:
     assert "not yet checked on a GPU" in rows[2][2]
     on_cpu = describe_backends(32, 8, 128, 64, "float32", target=CPU)
     assert {backend for _, backend, _ in on_cpu} == {"reference"}
-    odd = describe_backends(32, 8, 80, 64, "float16", target=HOPPER)
-    assert odd[0][1:] == (
-        "reference",
-        "mosaic: head_dim must be 64 or 128, got 80; triton: not implemented for this op",
-    )
+    odd = describe_backends(32, 8, 500, 64, "float16", target=HOPPER)
+    assert odd[0][1] == "reference"
+    assert "mosaic: head_dim must be" in odd[0][2]
+
+
+@pytest.fixture
+def triton_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+
+
+@pytest.mark.usefixtures("triton_installed")
+def test_triton_serves_attention_from_ampere_on() -> None:
+    rows = describe_backends(32, 8, 80, 64, "float32", target=AMPERE)
+    assert [backend for _, backend, _ in rows] == ["triton", "triton", "triton", "reference"]
     forced = describe_backends(32, 8, 128, 64, "bfloat16", backend="triton", target=HOPPER)
-    assert {backend for _, backend, _ in forced} == {"none"}
+    assert [backend for _, backend, _ in forced] == ["triton", "triton", "triton", "mosaic"]
+
+
+@pytest.mark.usefixtures("triton_installed")
+@pytest.mark.parametrize(
+    ("change", "capability", "reason"),
+    [
+        ({}, None, "needs compute capability 8.0 or later"),
+        ({}, 75, "needs compute capability 8.0 or later, got 75"),
+        ({"kv_dtype": "float8_e4m3fn"}, 80, "needs compute capability 8.9"),
+        ({"kv_dtype": "float16"}, 90, "got bfloat16 and float16"),
+        ({"head_dim": 512}, 90, "head_dim must be at most 256, got 512"),
+        ({"heads": 64}, 90, "at most 16 query heads per KV head, got 32"),
+    ],
+)
+def test_triton_refuses_by_name(change: dict[str, Any], capability: int | None, reason: str) -> None:
+    refusal = triton_refusal(dataclasses.replace(SPEC, **change), Target("gpu", capability, 108))
+    assert refusal is not None
+    assert reason in refusal
+
+
+def test_without_triton_the_refusal_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'pjengine[triton]'" in str(triton_refusal(SPEC, AMPERE))

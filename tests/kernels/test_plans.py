@@ -12,6 +12,7 @@ from pjengine.pallas_kernels.packed.mosaic import PackedConfig, packed_plan
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.work_items import query_items
 
 ROWS, TOKENS = 6, 900
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -98,3 +99,12 @@ def test_packed_tiles_read_what_their_tokens_see(lens: list[int], causal: bool, 
         if whole_begin < whole_end:
             assert lows.max() <= key + whole_begin * block
             assert key + whole_end * block <= highs.min()
+
+
+@SETTINGS
+@given(counts=st.lists(st.integers(0, 150), min_size=ROWS, max_size=ROWS), size=st.sampled_from([16, 64]))
+def test_query_items_cover_each_query_once(counts: list[int], size: int) -> None:
+    rows, offsets = (np.asarray(x) for x in query_items(jnp.asarray(counts, jnp.int32), TOKENS, size))
+    items = [(row, offset) for row, count in enumerate(counts) for offset in range(0, count, size)]
+    assert list(zip(rows, offsets, strict=True))[: len(items)] == items
+    assert (rows[len(items) :] == -1).all()

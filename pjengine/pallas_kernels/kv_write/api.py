@@ -14,6 +14,11 @@ BACKENDS = (
 )
 
 
+def writer(attention_backend: str) -> str:
+    """The backend to ask for beside that attention backend."""
+    return "auto" if attention_backend == "triton" else attention_backend
+
+
 def rope_write_kv(
     q: jax.Array,
     k: jax.Array,
@@ -37,7 +42,7 @@ def rope_write_kv(
       write_slots: int32 [T]: page * page_size + offset; no two equal; a negative one is not written.
       k_scale, v_scale: float32 scalar or [kv_heads]: what is stored is k / k_scale and v / v_scale, clipped to the
         cache dtype's range, as `paged_attention` multiplies them back.
-      backend: as in `paged_attention`.
+      backend: as in `paged_attention`; "triton", which has no writer, leaves the choice to "auto".
     Returns: (q rotated [T, heads, head_dim], k_pages, v_pages).
     Raises:
       ValueError: shapes that contradict each other.
@@ -61,5 +66,5 @@ def rope_write_kv(
         rope=cos is not None,
         kv_scales=k_scale is not None or v_scale is not None,
     )
-    implementation = select("rope_write_kv", backend, BACKENDS, spec).load()
+    implementation = select("rope_write_kv", writer(backend), BACKENDS, spec).load()
     return implementation(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)

@@ -7,6 +7,7 @@ import jax
 from pjengine.pallas_kernels.backends import Backend, accept, select
 from pjengine.pallas_kernels.packed.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.triton_support import triton_refusal
 
 BACKENDS = (
     Backend(
@@ -16,6 +17,7 @@ BACKENDS = (
         "packed_attention",
         passed_over="its results are not yet checked on a GPU; --attention-backend mosaic asks for it",
     ),
+    Backend("triton", triton_refusal, "pjengine.pallas_kernels.packed.triton", "packed_attention"),
     Backend("reference", accept, "pjengine.pallas_kernels.packed.reference", "packed_attention"),
 )
 

@@ -7,9 +7,11 @@ import jax
 from pjengine.pallas_kernels.backends import Backend, accept, select
 from pjengine.pallas_kernels.paged.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.triton_support import triton_refusal
 
 BACKENDS = (
     Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.paged.mosaic", "paged_attention"),
+    Backend("triton", triton_refusal, "pjengine.pallas_kernels.paged.triton", "paged_attention"),
     Backend("reference", accept, "pjengine.pallas_kernels.paged.reference", "paged_attention"),
 )
 

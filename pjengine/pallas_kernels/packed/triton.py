@@ -1,0 +1,29 @@
+"""`packed_attention` in Triton."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pjengine.pallas_kernels.backends import current_target
+from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.triton_attention import Work, attend, queries_per_item, tile_config
+from pjengine.pallas_kernels.work_items import query_items
+
+
+def packed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_starts: jax.Array,
+    sinks: jax.Array | None,
+    *,
+    spec: AttentionSpec,
+    scale: float,
+) -> jax.Array:
+    """See `pjengine.pallas_kernels.packed_attention`."""
+    config = tile_config(spec, single=False)
+    counts = query_starts[1:] - query_starts[:-1]
+    item_rows, offsets = query_items(counts, q.shape[0], queries_per_item(spec, config))
+    work = Work(item_rows, offsets, query_starts[:-1], counts, counts, jnp.zeros((1, 1), jnp.int32))
+    return attend(q, k, v, work, sinks, None, None, spec=spec, scale=scale, config=config, target=current_target())
