@@ -25,11 +25,13 @@ class Target:
     Attributes:
       compute_capability: 90 for Hopper; None where there is no NVIDIA GPU.
       cores: streaming multiprocessors; None where unknown.
+      device_kind: such as "NVIDIA H200"; None where unknown.
     """
 
     platform: str
     compute_capability: int | None = None
     cores: int | None = None
+    device_kind: str | None = None
 
 
 def current_target() -> Target:
@@ -37,14 +39,15 @@ def current_target() -> Target:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         hopper = any(name in abstract.device_kind for name in ("H100", "H200"))
-        return Target("gpu", 90 if hopper else None, abstract.num_cores)
+        return Target("gpu", 90 if hopper else None, abstract.num_cores, abstract.device_kind)
     device: Any = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     capability = getattr(device, "compute_capability", None)
     if capability is None:
         return Target(device.platform)
-    return Target(device.platform, int(str(capability).replace(".", "")), getattr(device, "core_count", None))
+    cores = getattr(device, "core_count", None)
+    return Target(device.platform, int(str(capability).replace(".", "")), cores, device.device_kind)
 
 
 @dataclasses.dataclass(frozen=True)

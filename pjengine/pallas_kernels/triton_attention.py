@@ -19,6 +19,7 @@ import triton.language as tl
 
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.tuning import tuned
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MOST_SPLITS = 32
@@ -54,12 +55,14 @@ class Work:
     tables: jax.Array
 
 
-def tile_config(spec: AttentionSpec, *, single: bool) -> TileConfig:
-    """Tile sizes by measurement on an H200; the shared memory of an sm89 (99 KiB) holds them."""
+def tile_config(spec: AttentionSpec, target: Target, *, single: bool) -> TileConfig:
+    """The device's tuned tiles, or ones that the shared memory of an sm89 (99 KiB) holds."""
     wide = spec.head_dim > 128 or spec.dtype == "float32"
     if single:
-        return TileConfig(max(16, triton.next_power_of_2(spec.group)), 32 if wide else 64, 4, 2)
-    return TileConfig(64 if wide else 128, 32 if wide else 64, 4 if spec.head_dim <= 64 else 8, 2)
+        heuristic = TileConfig(max(16, triton.next_power_of_2(spec.group)), 32 if wide else 64, 4, 2)
+        return tuned("triton decode", spec, target, heuristic)
+    heuristic = TileConfig(64 if wide else 128, 32 if wide else 64, 4 if spec.head_dim <= 64 else 8, 2)
+    return tuned("triton prefill" if spec.page_size else "triton packed", spec, target, heuristic)
 
 
 def queries_per_item(spec: AttentionSpec, config: TileConfig) -> int:

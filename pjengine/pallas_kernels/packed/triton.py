@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pjengine.pallas_kernels.backends import current_target
 from pjengine.pallas_kernels.specs import AttentionSpec
-from pjengine.pallas_kernels.triton_attention import Work, attend, queries_per_item, tile_config
+from pjengine.pallas_kernels.triton_attention import TileConfig, Work, attend, queries_per_item, tile_config
 from pjengine.pallas_kernels.work_items import query_items
 
 
@@ -20,10 +20,12 @@ def packed_attention(
     *,
     spec: AttentionSpec,
     scale: float,
+    tiles: TileConfig | None = None,
 ) -> jax.Array:
-    """See `pjengine.pallas_kernels.packed_attention`."""
-    config = tile_config(spec, single=False)
+    """See `pjengine.pallas_kernels.packed_attention`. tiles: instead of the tuned ones."""
+    target = current_target()
+    config = tiles or tile_config(spec, target, single=False)
     counts = query_starts[1:] - query_starts[:-1]
     item_rows, offsets = query_items(counts, q.shape[0], queries_per_item(spec, config))
     work = Work(item_rows, offsets, query_starts[:-1], counts, counts, jnp.zeros((1, 1), jnp.int32))
-    return attend(q, k, v, work, sinks, None, None, spec=spec, scale=scale, config=config, target=current_target())
+    return attend(q, k, v, work, sinks, None, None, spec=spec, scale=scale, config=config, target=target)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pjengine.pallas_kernels.backends import current_target
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.triton_attention import (
+    TileConfig,
     Work,
     attend,
     attend_single,
@@ -32,24 +33,26 @@ def paged_attention(
     *,
     spec: AttentionSpec,
     scale: float,
+    tiles: TileConfig | None = None,
+    single_tiles: TileConfig | None = None,
 ) -> jax.Array:
-    """See `pjengine.pallas_kernels.paged_attention`."""
+    """See `pjengine.pallas_kernels.paged_attention`. tiles, single_tiles: instead of the tuned ones."""
     target = current_target()
+    single_tiles = single_tiles or tile_config(spec, target, single=True)
     operands = (sinks, k_scale, v_scale)
     rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     none, one = jnp.zeros_like(rows), jnp.ones_like(rows)
 
     def single(starts: jax.Array, lens: jax.Array) -> jax.Array:
         work = Work(rows, none, starts, one, lens, block_tables)
-        config = tile_config(spec, single=True)
         decode = dataclasses.replace(spec, decode=True)
         return attend_single(
-            q, k_pages, v_pages, work, *operands, spec=decode, scale=scale, config=config, target=target
+            q, k_pages, v_pages, work, *operands, spec=decode, scale=scale, config=single_tiles, target=target
         )
 
     if spec.decode:
         return single(rows, kv_lens)
-    config = tile_config(spec, single=False)
+    config = tiles or tile_config(spec, target, single=False)
     starts, counts = query_starts[:-1], query_starts[1:] - query_starts[:-1]
     several = jnp.where((counts > 1) & (kv_lens > 0), counts, 0)
     item_rows, offsets = query_items(several, q.shape[0], queries_per_item(spec, config))

@@ -1,0 +1,43 @@
+"""Kernel configs come from the device's table where it has the shape, else from the heuristic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pjengine.pallas_kernels.backends import Target
+from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.tuning import shape_key, tuned
+
+H200 = Target("gpu", 90, 132, "NVIDIA H200")
+SPEC = AttentionSpec(heads=32, kv_heads=8, head_dim=128, page_size=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block: int = 64
+    stages: int = 2
+    sms: int = 132
+
+
+def write_table(folder: Path, config: dict[str, int]) -> None:
+    rows = [{"kernel": "decode", "shape": shape_key(SPEC), "config": config}]
+    (folder / "nvidia_h200.json").write_text(json.dumps({"rows": rows}))
+
+
+def test_the_table_replaces_what_it_names(tmp_path: Path) -> None:
+    write_table(tmp_path, {"stages": 5})
+    assert tuned("decode", SPEC, H200, Config(sms=7), tmp_path) == Config(stages=5, sms=7)
+    assert tuned("prefill", SPEC, H200, Config(), tmp_path) == Config()
+    assert tuned("decode", dataclasses.replace(SPEC, page_size=16), H200, Config(), tmp_path) == Config()
+    assert tuned("decode", SPEC, Target("gpu", 90, 132, "NVIDIA H100 PCIe"), Config(), tmp_path) == Config()
+    assert tuned("decode", SPEC, Target("cpu"), Config(), tmp_path) == Config()
+
+
+def test_a_table_of_another_version_is_refused(tmp_path: Path) -> None:
+    write_table(tmp_path, {"splits": 5})
+    with pytest.raises(ValueError, match=r"decode: unknown fields \['splits'\]; run scripts/tune_kernels again"):
+        tuned("decode", SPEC, H200, Config(), tmp_path)
