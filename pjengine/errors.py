@@ -46,8 +46,21 @@ class EngineOverloaded(PJEngineError, RuntimeError):
 
     Attributes:
       retry_after: seconds after which a retry makes sense.
+      code: a machine-readable reason (OpenAI's `code`).
     """
+
+    code = "overloaded"
 
     def __init__(self, message: str, *, retry_after: float = 1.0):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class QueueUnavailable(EngineOverloaded):
+    """The queue that workers share cannot be reached, or nobody works on it. HTTP status 503 with Retry-After."""
+
+    code = "queue_unavailable"
+
+
+class DeadlineExceeded(PJEngineError, TimeoutError):
+    """A request was not answered within its time, and is not computed any more. HTTP status 504."""

@@ -58,7 +58,7 @@ def to_api_error(error: Exception) -> ApiError:
         case InvalidRequest():
             return ApiError(400, str(error), param=error.field, code=error.code)
         case EngineOverloaded():
-            return unavailable(str(error), "overloaded", error.retry_after)
+            return unavailable(str(error), error.code, error.retry_after)
         case EngineDead():
             return unavailable(str(error), "engine_dead")
         case GenerationError():

@@ -1,0 +1,83 @@
+"""The Lua scripts, the keys they work on, and connections to run them on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pjengine.errors import ConfigError, QueueUnavailable
+from pjengine.queue.options import QueueOptions
+
+CONNECT_SECONDS = 2.0
+ANSWER_SECONDS = 5.0  # longer than the longest blocking call
+WAIT_SECONDS = 1  # the longest blocking call
+
+
+@functools.cache
+def script(name: str) -> tuple[str, str]:
+    """A script's text, and the digest under which Redis keeps it."""
+    folder = Path(__file__).parent
+    text = (folder / "common.lua").read_text("utf-8") + (folder / f"{name}.lua").read_text("utf-8")
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def keys_of(name: str) -> list[str]:
+    """KEYS of every script, in the order of common.lua. The braces make a cluster keep them together."""
+    names = "items payloads waiting:query waiting:document claims claim_items deadlines clients workers model counters wake"
+    return [f"{{pjengine:{name}}}:{key}" for key in (*names.split(), "results:")]
+
+
+def redis_module() -> ModuleType:
+    """redis-py. Raises: ConfigError if it is not installed."""
+    try:
+        import redis
+        import redis.asyncio
+    except ImportError:
+        raise ConfigError("queue: needs the package redis; pip install 'pjengine[queue]'") from None
+    return redis
+
+
+def connect(options: QueueOptions, *, asynchronous: bool) -> Any:
+    """A client of redis-py; nothing is sent yet. A call that fails is not repeated by itself.
+
+    Raises:
+      ConfigError: the URL cannot be understood.
+    """
+    redis = redis_module()
+    package = redis.asyncio if asynchronous else redis
+    arguments: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
+    scheme, separator, rest = options.url.partition("://")
+    cluster = scheme.endswith("+cluster")
+    if cluster:
+        make = package.RedisCluster.from_url if not asynchronous else redis.asyncio.RedisCluster.from_url
+    else:
+        make = package.Redis.from_url
+        arguments["retry"] = _no_retry(asynchronous)
+    try:
+        return make(scheme.removesuffix("+cluster") + separator + rest, **arguments)
+    except redis.RedisError as error:  # a cluster is asked for its nodes at once
+        raise unavailable(options, error) from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"queue: {options.address} cannot be used: {error}") from error
+
+
+def unavailable(options: QueueOptions, error: Exception) -> QueueUnavailable:
+    """What to raise for an error of redis-py."""
+    return QueueUnavailable(f"the queue at {options.address} cannot be reached or used: {error}")
+
+
+def flat(arguments: Mapping[str, Any] | None) -> list[Any]:
+    """Keys and values in turn."""
+    return [part for pair in (arguments or {}).items() for part in pair]
+
+
+def _no_retry(asynchronous: bool) -> Any:
+    from redis.asyncio.retry import Retry as AsyncRetry
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return (AsyncRetry if asynchronous else Retry)(NoBackoff(), 0)

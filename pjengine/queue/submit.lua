@@ -1,0 +1,27 @@
+-- Queues the items of one request, all or none.
+-- ARGV: client, most items that may wait, most deliveries, then per item: id, class, tokens, ms until its deadline, payload
+-- Returns {'ok'}, {'full', waiting} or {'lost'}: the client's lease has ended, or Redis has forgotten it.
+local client, limit, max_deliveries = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local n = (#ARGV - 3) / 5
+if not client_lives(client) then
+  return { 'lost' }
+end
+local waiting = redis.call('ZCARD', WAITING.query) + redis.call('ZCARD', WAITING.document)
+if waiting + n > limit then
+  count('refused', n)
+  return { 'full', waiting }
+end
+for i = 4, #ARGV, 5 do
+  local id, class, tokens, timeout, payload = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), ARGV[i + 4]
+  local seq = redis.call('HINCRBY', COUNTERS, 'submitted', 1)
+  local item = {
+    tokens = tokens, class = class, client = client, seq = seq,
+    deliveries = 0, max_deliveries = max_deliveries, claim = '',
+  }
+  redis.call('HSET', ITEMS, id, write_item(item))
+  redis.call('HSET', PAYLOADS, id, payload)
+  redis.call('ZADD', DEADLINES, now + timeout, id)
+  redis.call('ZADD', WAITING[class], seq, id)
+end
+wake()
+return { 'ok' }

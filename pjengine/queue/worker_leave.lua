@@ -1,0 +1,2 @@
+-- ARGV: worker
+return redis.call('ZREM', WORKERS, ARGV[1])

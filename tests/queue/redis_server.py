@@ -1,0 +1,67 @@
+"""redis-server as a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import redis
+
+from tests.serving.live_server import wait_for
+
+
+class RedisServer:
+    """A server with nothing on disk; it forgets all when it is stopped.
+
+    Args:
+      directory: its working directory.
+      arguments: further ones of its command line.
+    """
+
+    def __init__(self, directory: Path, *arguments: str):
+        if shutil.which("redis-server") is None:
+            pytest.fail("redis-server is not installed; scripts/test installs it (Debian's package redis-server)")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self._command = [
+            *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory)),
+            *("--save", "", "--appendonly", "no", *arguments),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def client(self, **options: Any) -> redis.Redis:
+        return redis.Redis(port=self.port, **options)
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        with self.client() as client:
+            wait_for(lambda: _answers(client))
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _answers(client: redis.Redis) -> bool:
+    with contextlib.suppress(redis.ConnectionError, redis.AuthenticationError):
+        client.ping()
+        return True
+    return False
