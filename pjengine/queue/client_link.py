@@ -99,7 +99,7 @@ class ClientLink:
         if status == b"lost":
             raise QueueUnavailable(f"the queue at {self._options.address} has forgotten this server")
         if status == b"full":
-            raise EngineOverloaded(f"{rest[0]} requests are waiting in the queue (max_waiting {max_waiting}); retry later")
+            raise EngineOverloaded(f"{rest[0]} items wait in the queue, and max_waiting is {max_waiting}; retry later")
 
     async def results(self) -> list[bytes]:
         """Answers that have come, msgpack of `Output` each; waits for the first, a second at most."""
@@ -126,8 +126,13 @@ class ClientLink:
         if not reply:
             raise QueueUnavailable(f"the queue at {self._options.address} has forgotten this server")
         *numbers, digest, info = reply[:7]
+        queries, documents, claimed, workers, claims = numbers
         return QueueStatus(
-            *numbers,
+            queries,
+            documents,
+            claimed,
+            workers,
+            claims,
             digest.decode(),
             msgspec.msgpack.decode(info, type=EngineInfo) if info else None,
             {name.decode(): int(value) for name, value in zip(reply[7::2], reply[8::2], strict=True)},

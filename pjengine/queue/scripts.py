@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +14,21 @@ from pjengine.queue.options import QueueOptions
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 5.0  # longer than the longest blocking call
 WAIT_SECONDS = 1  # the longest blocking call
+_KEYS = (
+    "items",
+    "payloads",
+    "waiting:query",
+    "waiting:document",
+    "claims",
+    "claim_items",
+    "deadlines",
+    "clients",
+    "workers",
+    "model",
+    "counters",
+    "wake",
+    "results:",
+)
 
 
 @functools.cache
@@ -27,8 +41,7 @@ def script(name: str) -> tuple[str, str]:
 
 def keys_of(name: str) -> list[str]:
     """KEYS of every script, in the order of common.lua. The braces make a cluster keep them together."""
-    names = "items payloads waiting:query waiting:document claims claim_items deadlines clients workers model counters wake"
-    return [f"{{pjengine:{name}}}:{key}" for key in (*names.split(), "results:")]
+    return [f"{{pjengine:{name}}}:{key}" for key in _KEYS]
 
 
 def redis_module() -> ModuleType:
@@ -51,9 +64,8 @@ def connect(options: QueueOptions, *, asynchronous: bool) -> Any:
     package = redis.asyncio if asynchronous else redis
     arguments: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
     scheme, separator, rest = options.url.partition("://")
-    cluster = scheme.endswith("+cluster")
-    if cluster:
-        make = package.RedisCluster.from_url if not asynchronous else redis.asyncio.RedisCluster.from_url
+    if scheme.endswith("+cluster"):
+        make = package.RedisCluster.from_url
     else:
         make = package.Redis.from_url
         arguments["retry"] = _no_retry(asynchronous)
@@ -68,11 +80,6 @@ def connect(options: QueueOptions, *, asynchronous: bool) -> Any:
 def unavailable(options: QueueOptions, error: Exception) -> QueueUnavailable:
     """What to raise for an error of redis-py."""
     return QueueUnavailable(f"the queue at {options.address} cannot be reached or used: {error}")
-
-
-def flat(arguments: Mapping[str, Any] | None) -> list[Any]:
-    """Keys and values in turn."""
-    return [part for pair in (arguments or {}).items() for part in pair]
 
 
 def _no_retry(asynchronous: bool) -> Any:

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 BEATS = 3  # in a visibility time-out
 RETRY_SECONDS = 0.5  # between attempts to reach a Redis that is lost
 STALLED = 30  # visibility time-outs after which a batch that does not end is left to lapse
-# Two batches are in hand, so that the device never waits for the queue: with half of the budget each for documents, a query
-# that arrives waits for at most one batch of them.
+# Two batches are in hand, so that the device never waits for the queue: with half of the budget each for documents, a
+# query that arrives waits for at most one batch of them.
 IN_HAND = 2
 
 
@@ -209,7 +209,7 @@ class Worker:
         return result
 
     def _persist(self, call: Callable[[], object]) -> None:
-        """Repeats the call until Redis has taken it. A claim that lapsed meanwhile is none of ours: nothing is answered twice."""
+        """Repeats the call until Redis has taken it. If the claim lapsed meanwhile, its answers are dropped there."""
         while True:
             try:
                 call()

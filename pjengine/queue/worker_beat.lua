@@ -1,7 +1,7 @@
 -- Joins a worker to the queue or extends its lease, and with it its claims.
--- ARGV: worker, lease ms, visibility ms, fingerprint of its model, the model, then the claims to extend
+-- ARGV: worker, visibility ms (also of its lease), fingerprint of its model, the model, then the claims to extend
 -- Returns {'ok', claims that have lapsed...}, or {'other', model}: live workers serve another model.
-local worker, fingerprint = ARGV[1], ARGV[4]
+local worker, ends, fingerprint = ARGV[1], now + tonumber(ARGV[2]), ARGV[3]
 redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', now)
 local served = redis.call('HMGET', MODEL, 'fingerprint', 'info')
 if served[1] ~= fingerprint then
@@ -10,12 +10,12 @@ if served[1] ~= fingerprint then
     return { 'other', served[2] }
   end
 end
-redis.call('HSET', MODEL, 'fingerprint', fingerprint, 'info', ARGV[5])
-redis.call('ZADD', WORKERS, now + tonumber(ARGV[2]), worker)
+redis.call('HSET', MODEL, 'fingerprint', fingerprint, 'info', ARGV[4])
+redis.call('ZADD', WORKERS, ends, worker)
 local reply = { 'ok' }
-for i = 6, #ARGV do
+for i = 5, #ARGV do
   if redis.call('ZSCORE', CLAIMS, ARGV[i]) then
-    redis.call('ZADD', CLAIMS, now + tonumber(ARGV[3]), ARGV[i])
+    redis.call('ZADD', CLAIMS, ends, ARGV[i])
   else
     reply[#reply + 1] = ARGV[i]
   end

@@ -16,7 +16,7 @@ import msgspec
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import ConfigError
 from pjengine.queue.options import QueueOptions
-from pjengine.queue.scripts import WAIT_SECONDS, connect, flat, keys_of, redis_module, script, unavailable
+from pjengine.queue.scripts import WAIT_SECONDS, connect, keys_of, redis_module, script, unavailable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,7 @@ class Claim:
 
 def fingerprint(info: EngineInfo) -> str:
     """Equal for workers whose answers are interchangeable: the model by its name, not by where it lies."""
-    same = dataclasses.replace(
-        info, model=PurePath(info.model).name, dtype="", device="", page_size=0, backends=()
-    )
+    same = dataclasses.replace(info, model=PurePath(info.model).name, dtype="", device="", page_size=0, backends=())
     return hashlib.sha256(msgspec.msgpack.encode(same)).hexdigest()[:16]
 
 
@@ -75,7 +73,8 @@ class WorkerLink:
           ConfigError: other workers of this queue serve another model.
         """
         visibility = _ms(self._options.visibility)
-        reply = self._run("worker_beat", self.worker, visibility, visibility, fingerprint(info), msgspec.msgpack.encode(info), *claims)
+        model = fingerprint(info), msgspec.msgpack.encode(info)
+        reply = self._run("worker_beat", self.worker, visibility, *model, *claims)
         if reply[0] == b"other":
             other = msgspec.msgpack.decode(reply[1], type=EngineInfo)
             differ = [
@@ -117,7 +116,7 @@ class WorkerLink:
 
         The others were not this claim's any more. To be repeated after QueueUnavailable: it publishes none twice.
         """
-        return int(self._run("complete", claim, *flat(answers)))
+        return int(self._run("complete", claim, *itertools.chain.from_iterable(answers.items())))
 
     def give_back(self, claims: Sequence[str], *, tried: bool) -> None:
         """Ends claims without answers; others get the items. tried: it counts as a delivery that failed."""

@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 from pjengine.config import EngineConfig
 from pjengine.errors import EngineDead, PJEngineError
 from pjengine.serving.context import make_context
-from pjengine.serving.engine_client import EngineClient
+from pjengine.serving.engine_client import Client
 from pjengine.serving.http_server import Signals, engine_ready, first_done, loop_factory, serve_http
 from pjengine.serving.logs import configure_logging
 from pjengine.serving.processes import become_child, how_it_ended, start_process
@@ -40,7 +40,7 @@ class ApiProcess:
 
     Attributes:
       row: of its counters, 1 and up; 0 is the first process's.
-      address: the engine's.
+      connect: makes a client of the given name.
       counters: the file of all processes' counters.
     """
 
@@ -48,7 +48,7 @@ class ApiProcess:
     options: ServerOptions
     config: EngineConfig
     load_text: LoadText
-    address: str
+    connect: Callable[[str], Client]
     counters: Path
 
 
@@ -60,7 +60,7 @@ class ApiProcesses:
       client: the first process's; it reports the deaths, and is failed when there are too many.
     """
 
-    def __init__(self, blueprint: ApiProcess, client: EngineClient):
+    def __init__(self, blueprint: ApiProcess, client: Client):
         self._blueprint = blueprint
         self._client = client
         self._listeners: dict[int, socket.socket] = {}
@@ -187,7 +187,7 @@ async def _serve(
     blueprint: ApiProcess, name: str, text: TextSide, listener: socket.socket, control: Connection[None, int | str]
 ) -> int:
     loop = asyncio.get_running_loop()
-    signals, client = Signals(), EngineClient(blueprint.address, name)
+    signals, client = Signals(), blueprint.connect(name)
 
     def hear() -> None:
         try:

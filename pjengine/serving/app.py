@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pjengine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from pjengine.errors import DeadlineExceeded, EngineDead, EngineOverloaded, InvalidRequest
 from pjengine.serving.context import ServerContext
 from pjengine.serving.errors import ApiError, GenerationError, handle_error
 from pjengine.serving.http_io import Disconnected, read_body, until_disconnect
@@ -120,6 +120,7 @@ def make_app(context: ServerContext, api_key: str | None) -> Starlette:
         InvalidRequest,
         EngineOverloaded,
         EngineDead,
+        DeadlineExceeded,
         GenerationError,
         HTTPException,
         Exception,

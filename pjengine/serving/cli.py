@@ -32,6 +32,7 @@ MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.", 
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; by default the model's own.", show_default=False)]
 TopP = Annotated[float | None, typer.Option(help="Share of probability to sample from.", show_default=False)]
 TopK = Annotated[int | None, typer.Option(help="Number of tokens to sample from.", show_default=False)]
+QueueName = Annotated[str, typer.Option(help="Queues of different names share a Redis without meeting.")]
 SampleSeed = Annotated[
     int | None,
     typer.Option("--sample-seed", help="Of sampling; the same seed gives the same text.", show_default=False),
@@ -69,8 +70,22 @@ def serve(
     ] = 30.0,
     log_level: Annotated[str, typer.Option(metavar="critical|error|warning|info|debug")] = "info",
     access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each request.")] = False,
+    queue: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PJENGINE_QUEUE",
+            help="redis://… whose workers (`pjengine worker`) run the model instead of this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    queue_name: QueueName = "default",
+    queue_timeout: Annotated[float, typer.Option(help="Seconds until a queued request is answered with 504.")] = 60.0,
+    max_deliveries: Annotated[
+        int, typer.Option(help="Workers that may die of a queued request before it is refused.")
+    ] = 3,
 ) -> None:
     """Serve an OpenAI-compatible API over HTTP."""
+    from pjengine.queue.options import QueueOptions
     from pjengine.serving.server import run_server
     from pjengine.serving.server_options import ServerOptions
 
@@ -85,7 +100,41 @@ def serve(
         log_level=log_level,
         access_log=access_log,
     )
-    raise typer.Exit(run_server(options, config))
+    shared = None
+    if queue is not None:
+        shared = QueueOptions(url=queue, name=queue_name, timeout=queue_timeout, max_deliveries=max_deliveries)
+    raise typer.Exit(run_server(options, config, queue=shared))
+
+
+@app.command()
+@with_engine_options
+def worker(
+    model: Annotated[
+        str,
+        typer.Option("--model", help="As `serve` takes it; one for all workers of a queue.", show_default=False),
+    ],
+    config: EngineConfig,
+    queue: Annotated[
+        str,
+        typer.Option(
+            envvar="PJENGINE_QUEUE",
+            help="redis://[user:password@]host:port/db, rediss:// for TLS. Best set in the environment.",
+            show_default=False,
+        ),
+    ],
+    queue_name: QueueName = "default",
+    visibility: Annotated[
+        float, typer.Option(help="Seconds after which another worker gets the batch of one that died.")
+    ] = 10.0,
+    log_level: Annotated[str, typer.Option(metavar="critical|error|warning|info|debug")] = "info",
+) -> None:
+    """Embed or classify for the servers that share a Redis queue (`pjengine serve MODEL --queue …`)."""
+    from pjengine.queue.options import QueueOptions
+    from pjengine.queue.worker import run_worker
+    from pjengine.serving.logs import configure_logging
+
+    configure_logging(log_level)
+    raise typer.Exit(run_worker(QueueOptions(url=queue, name=queue_name, visibility=visibility), config))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
 from pjengine.models.sources import Source
 from pjengine.pairs import PairEncoder
-from pjengine.serving.engine_client import EngineClient
+from pjengine.serving.engine_client import Client
 from pjengine.serving.errors import ApiError
 from pjengine.serving.metrics import NUM_COUNTERS, ServerMetrics
 from pjengine.serving.middleware import Gate
@@ -50,7 +50,7 @@ class ServerContext:
       created: unix seconds of the server's start.
     """
 
-    client: EngineClient
+    client: Client
     tokenizer: Tokenizer | None
     model_names: tuple[str, ...]
     model_root: str
@@ -138,7 +138,7 @@ def list_prompts(given: str | list[Any], field: str) -> list[Any]:
 
 
 def make_context(
-    client: EngineClient, text: TextSide, config: EngineConfig, options: ServerOptions, counters: Path, row: int
+    client: Client, text: TextSide, config: EngineConfig, options: ServerOptions, counters: Path, row: int
 ) -> ServerContext:
     """Of one API process; `row`: of its counters in the file that all of them share."""
     names = options.served_model_names or (config.model,)
@@ -153,7 +153,7 @@ def make_context(
         model_root=config.model,
         source=text.source,
         pairs=pairs,
-        metrics=ServerMetrics(lambda: client.stats, shared, names[0], pjengine.__version__),
+        metrics=ServerMetrics(lambda: client.stats, shared, names[0], pjengine.__version__, lambda: client.queue),
         gate=Gate(),
         max_body_bytes=options.max_body_bytes,
     )

@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -17,6 +17,7 @@ import zmq.asyncio
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineDead, PJEngineError
 from pjengine.metrics import Stats
+from pjengine.queue.client_link import QueueStatus
 from pjengine.request import Output, Request
 from pjengine.serving.messages import (
     Abort,
@@ -39,6 +40,33 @@ logger = logging.getLogger(__name__)
 CONNECT_MILLISECONDS = 10  # between tries, while the engine's process starts
 
 
+class Client(Protocol):
+    """What an API process needs of the engine, wherever it is: `EngineClient` and `QueueClient`.
+
+    Attributes:
+      queue: of one that workers share, its status; else None.
+    """
+
+    info: EngineInfo
+    stats: Stats
+    queue: QueueStatus | None
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def open_requests(self) -> int: ...
+    async def wait_ready(self) -> None: ...
+    async def close(self) -> None: ...
+    async def wait_dead(self) -> str: ...
+    def require_alive(self) -> None: ...
+    def new_ids(self, count: int) -> list[str]: ...
+    async def submit(self, requests: Sequence[Request]) -> Submission: ...
+    def abort(self, request_id: str, index: int | None = None) -> None: ...
+    def fail(self, reason: str) -> None: ...
+    def report_left(self, name: str) -> None: ...
+    def _forget(self, request_id: str) -> None: ...
+
+
 class EngineClient:
     """An API process's connection to the engine. Use from one event loop.
 
@@ -56,6 +84,7 @@ class EngineClient:
 
     def __init__(self, address: str, name: str):
         self.stats = Stats()
+        self.queue: QueueStatus | None = None
         self._name = name
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -123,7 +152,7 @@ class EngineClient:
           InvalidRequest, EngineOverloaded: it refuses them.
           EngineDead: it has ended.
         """
-        self._require_alive()
+        self.require_alive()
         submission = Submission(self, requests)
         key = str(next(self._ids))
         admission = self._admissions[key] = asyncio.get_running_loop().create_future()
@@ -157,7 +186,8 @@ class EngineClient:
     def _forget(self, request_id: str) -> None:
         self._submissions.pop(request_id, None)
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
+        """Raises EngineDead if the engine has died."""
         if not self.alive:
             raise EngineDead(self._dead.result())
 
@@ -221,21 +251,21 @@ class Submission:
       request_ids: in the order they were given.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request]):
+    def __init__(self, client: Client, requests: Sequence[Request]):
         self.request_ids = [request.request_id for request in requests]
         self._client = client
         self._running = {
             request.request_id: set(range(request.params.n if request.params else 1)) for request in requests
         }
         self._arrived: list[tuple[Output, float]] = []
-        self._error: EngineDead | None = None
+        self._error: PJEngineError | None = None
         self._wake = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[Output, float]]]:
         """Yields what has arrived since the last time, each output with its `time.monotonic()`, until all have ended.
 
         Raises:
-          EngineDead: the engine ended.
+          PJEngineError: the engine ended, or the queue was lost or did not answer in time.
         """
         while self._running or self._arrived:
             await self._wake.wait()
@@ -274,6 +304,6 @@ class Submission:
             self._client._forget(request_id)
         self._wake.set()
 
-    def _fail(self, error: EngineDead) -> None:
+    def _fail(self, error: PJEngineError) -> None:
         self._error = error
         self._wake.set()

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pjengine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from pjengine.errors import DeadlineExceeded, EngineDead, EngineOverloaded, InvalidRequest
 from pjengine.serving.protocol.base import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ def to_api_error(error: Exception) -> ApiError:
             return unavailable(str(error), error.code, error.retry_after)
         case EngineDead():
             return unavailable(str(error), "engine_dead")
+        case DeadlineExceeded():
+            return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded")
         case GenerationError():
             return ApiError(500, str(error), type="server_error", code="generation_failed")
         case HTTPException():

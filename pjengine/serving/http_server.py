@@ -15,7 +15,7 @@ import uvicorn
 
 from pjengine.serving.app import make_app
 from pjengine.serving.context import ServerContext
-from pjengine.serving.engine_client import EngineClient
+from pjengine.serving.engine_client import Client
 from pjengine.serving.middleware import Gate
 from pjengine.serving.server_options import ServerOptions
 
@@ -65,7 +65,7 @@ class Signals:
                 loop.remove_signal_handler(number)
 
 
-async def engine_ready(client: EngineClient, signals: Signals) -> bool:
+async def engine_ready(client: Client, signals: Signals) -> bool:
     """Waits until the engine can serve; False: a signal came first. Raises PJEngineError if it cannot."""
     starting = asyncio.create_task(client.wait_ready())
     if await first_done(starting, signals.first) is starting:
@@ -121,7 +121,7 @@ async def serve_http(
     return exit_code
 
 
-async def _drain(gate: Gate, client: EngineClient, dead: asyncio.Future[str], signals: Signals, grace: float) -> int:
+async def _drain(gate: Gate, client: Client, dead: asyncio.Future[str], signals: Signals, grace: float) -> int:
     """Turns new requests away and waits for the running ones; those that outlive the grace time get an error."""
     gate.shut = True
     logger.info("draining: %d requests have %g s to finish; a second signal stops at once", client.open_requests, grace)

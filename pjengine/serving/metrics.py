@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.utils import floatToGoString
 
 from pjengine.metrics import Stats
+from pjengine.queue.client_link import QueueStatus
 from pjengine.request import Output
 from pjengine.serving.shared_counters import SharedCounters
 
@@ -32,6 +33,21 @@ _COUNTERS = (
     ("pjengine_engine_steps", "steps", "Steps run on the device."),
     ("pjengine_engine_step_tokens", "step_tokens", "Tokens computed in them."),
     ("pjengine_engine_padded_tokens", "padded_tokens", "Tokens of the buckets they ran in: computed ones and padding."),
+)
+# Of a queue that workers share: (series, counter of the queue's scripts, help).
+_QUEUE_COUNTERS = (
+    ("pjengine_queue_submitted", "submitted", "Items put into the queue."),
+    ("pjengine_queue_answered", "answered", "Items that a worker answered."),
+    ("pjengine_queue_claims", "claims", "Batches claimed by workers."),
+    ("pjengine_queue_claimed_tokens", "claimed_tokens", "Tokens in them."),
+    ("pjengine_queue_redelivered", "redelivered", "Items that went back because their worker died or failed."),
+    ("pjengine_queue_lapsed_claims", "lapsed_claims", "Batches whose worker said nothing more."),
+    ("pjengine_queue_stale_answers", "stale_answers", "Answers of items that were no longer that worker's, dropped."),
+    ("pjengine_queue_expired", "expired", "Items answered with a timeout."),
+    ("pjengine_queue_poisoned", "poisoned", "Items given up because worker after worker died of them."),
+    ("pjengine_queue_cancelled", "cancelled", "Items dropped because their client left."),
+    ("pjengine_queue_abandoned", "abandoned", "Items dropped because their server was gone."),
+    ("pjengine_queue_refused", "refused", "Items refused because the queue was full."),
 )
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -76,10 +92,19 @@ class ServerMetrics:
       stats: gives the engine's latest report.
       counters: NUM_COUNTERS for each process.
       model: the served name; version: pjengine's.
+      queue: gives the status of the queue that workers share; None where there is none.
     """
 
-    def __init__(self, stats: Callable[[], Stats], counters: SharedCounters, model: str, version: str):
+    def __init__(
+        self,
+        stats: Callable[[], Stats],
+        counters: SharedCounters,
+        model: str,
+        version: str,
+        queue: Callable[[], QueueStatus | None] = lambda: None,
+    ):
         self._stats = stats
+        self._queue = queue
         self._counters = counters
         self._labels = {"model": model, "version": version}
         histograms: list[_Histogram] = []
@@ -108,6 +133,8 @@ class ServerMetrics:
             yield GaugeMetricFamily(name, help_text, value=getattr(stats, field))
         for name, field, help_text in _COUNTERS:
             yield CounterMetricFamily(name, help_text, value=getattr(stats, field))
+        if (queue := self._queue()) is not None:
+            yield from _queue_series(queue)
         for histogram in self._histograms:
             yield histogram.family(total)
         finished = CounterMetricFamily(
@@ -119,6 +146,17 @@ class ServerMetrics:
         info = GaugeMetricFamily("pjengine_info", "What is served; always 1.", labels=list(self._labels))
         info.add_metric(list(self._labels.values()), 1)
         yield info
+
+
+def _queue_series(queue: QueueStatus) -> Iterator[Metric]:
+    waiting = GaugeMetricFamily("pjengine_queue_waiting", "Items that wait, by class.", labels=["class"])
+    waiting.add_metric(["query"], queue.queries)
+    waiting.add_metric(["document"], queue.documents)
+    yield waiting
+    yield GaugeMetricFamily("pjengine_queue_claimed", "Items that workers hold.", value=queue.claimed)
+    yield GaugeMetricFamily("pjengine_queue_workers", "Workers that are alive.", value=queue.workers)
+    for name, counter, help_text in _QUEUE_COUNTERS:
+        yield CounterMetricFamily(name, help_text, value=queue.counters.get(counter, 0))
 
 
 class SequenceTimer:

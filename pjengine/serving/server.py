@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pjengine.config import EngineConfig
 from pjengine.errors import ConfigError
+from pjengine.queue.options import QueueOptions
 from pjengine.serving.api_processes import STOP_SECONDS, ApiProcess, ApiProcesses
 from pjengine.serving.context import make_context
-from pjengine.serving.engine_client import EngineClient
+from pjengine.serving.engine_client import Client, EngineClient
 from pjengine.serving.engine_host import EngineHost
 from pjengine.serving.engine_process import MakeEngine, make_default_engine
 from pjengine.serving.http_server import Signals, engine_ready, loop_factory, serve_http
 from pjengine.serving.logs import configure_logging
+from pjengine.serving.queue_client import QueueClient
 from pjengine.serving.server_options import ServerOptions
 from pjengine.serving.text_side import LoadText, TextSide, load_text_side
 
@@ -28,6 +31,7 @@ def run_server(
     options: ServerOptions,
     config: EngineConfig,
     *,
+    queue: QueueOptions | None = None,
     make_engine: MakeEngine = make_default_engine,
     load_text: LoadText = load_text_side,
 ) -> int:
@@ -36,6 +40,7 @@ def run_server(
     0 after draining, 1 if the engine died, 128 + n where a second signal n cut the draining short.
 
     Args:
+      queue: where workers take the requests from; None: the engine runs here, in a process of its own.
       make_engine, load_text: the model's two sides; `make_engine` is pickled and called in the engine's process,
         `load_text` called in each API process.
     Raises:
@@ -47,12 +52,13 @@ def run_server(
     with bind(options.host, options.port, options.api_processes) as listeners:
         text = load_text(config)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve(options, config, make_engine, load_text, text, listeners))
+            return runner.run(_serve(options, config, queue, make_engine, load_text, text, listeners))
 
 
 async def _serve(
     options: ServerOptions,
     config: EngineConfig,
+    queue: QueueOptions | None,
     make_engine: MakeEngine,
     load_text: LoadText,
     text: TextSide,
@@ -61,9 +67,11 @@ async def _serve(
     async with contextlib.AsyncExitStack() as stack:  # undone in reverse, whatever happens
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pjengine-")))  # mode 0700
         address, counters = f"ipc://{directory / 'engine'}", directory / "counters"
-        client = EngineClient(address, "api0")
+        connect: Callable[[str], Client]
+        connect = functools.partial(QueueClient, queue, config) if queue else functools.partial(EngineClient, address)
+        client = connect("api0")
         stack.push_async_callback(client.close)
-        others = ApiProcesses(ApiProcess(0, options, config, load_text, address, counters), client)
+        others = ApiProcesses(ApiProcess(0, options, config, load_text, connect, counters), client)
         signals = Signals()
         stack.enter_context(signals.handled(also=others.tell))
 
@@ -71,8 +79,9 @@ async def _serve(
             client.fail(how)
             others.tell(how)
 
-        host = EngineHost(make_engine, config, address, options.log_level, engine_ended)
-        stack.push_async_callback(lambda: host.stop(asked=client.stop_engine()))
+        if isinstance(client, EngineClient):
+            host = EngineHost(make_engine, config, address, options.log_level, engine_ended)
+            stack.push_async_callback(lambda: host.stop(asked=client.stop_engine()))
         stack.push_async_callback(lambda: others.stop(options.shutdown_grace + STOP_SECONDS))
         others.start(listeners[1:])
         if not await engine_ready(client, signals) or not await others.all_serve(signals):

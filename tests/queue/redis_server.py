@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import socket
 import subprocess
@@ -11,6 +10,8 @@ from typing import Any, Self
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.serving.live_server import wait_for
 
@@ -21,15 +22,18 @@ class RedisServer:
     Args:
       directory: its working directory.
       arguments: further ones of its command line.
+      tls: it speaks nothing else.
     """
 
-    def __init__(self, directory: Path, *arguments: str):
+    def __init__(self, directory: Path, *arguments: str, tls: bool = False):
         if shutil.which("redis-server") is None:
             pytest.fail("redis-server is not installed; scripts/test installs it (Debian's package redis-server)")
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
+        self._tls = tls
+        ports = ("--port", "0", "--tls-port", str(self.port)) if tls else ("--port", str(self.port))
         self._command = [
-            *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory)),
+            *("redis-server", *ports, "--bind", "127.0.0.1", "--dir", str(directory)),
             *("--save", "", "--appendonly", "no", *arguments),
         ]
         self._process: subprocess.Popen[bytes] | None = None
@@ -39,7 +43,8 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}"
 
     def client(self, **options: Any) -> redis.Redis:
-        return redis.Redis(port=self.port, **options)
+        tls = {"ssl": True, "ssl_cert_reqs": None, "ssl_check_hostname": False} if self._tls else {}
+        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0), **tls, **options)
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
@@ -61,7 +66,8 @@ class RedisServer:
 
 
 def _answers(client: redis.Redis) -> bool:
-    with contextlib.suppress(redis.ConnectionError, redis.AuthenticationError):
+    try:
         client.ping()
-        return True
-    return False
+    except redis.ConnectionError as error:
+        return isinstance(error, redis.AuthenticationError)
+    return True

@@ -8,6 +8,7 @@ import json
 import typer
 
 from pjengine.config import EngineConfig
+from pjengine.queue.options import QueueOptions
 from pjengine.serving.cli_options import reported_errors
 from pjengine.serving.server import run_server
 from pjengine.serving.server_options import ServerOptions
@@ -20,9 +21,10 @@ def main(options: str) -> None:
     make_engine = (
         functools.partial(fail_to_start, how=fail) if fail else functools.partial(make_fake_engine, **given["engine"])
     )
-    server, config = ServerOptions(port=0, **given["server"]), EngineConfig(model="fake", **given["config"])
+    server, config = ServerOptions(port=0, **given["server"]), EngineConfig(**{"model": "fake", **given["config"]})
     with reported_errors():
-        raise typer.Exit(run_server(server, config, make_engine=make_engine, load_text=load_text))
+        queue = QueueOptions(**given["queue"]) if given.get("queue") else None
+        raise typer.Exit(run_server(server, config, queue=queue, make_engine=make_engine, load_text=load_text))
 
 
 if __name__ == "__main__":

@@ -112,10 +112,14 @@ def running(command: list[str], seconds: float = 60, **environment: str) -> Iter
 
 
 def fake_command(
-    fail: str | None = None, config: dict[str, Any] | None = None, engine: dict[str, Any] | None = None, **server: Any
+    fail: str | None = None,
+    config: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+    queue: dict[str, Any] | None = None,
+    **server: Any,
 ) -> list[str]:
     """The command line of a server on the fake engine; further arguments are ServerOptions' fields."""
-    options = {"server": server, "config": config or {}, "engine": engine or {}, "fail": fail}
+    options = {"server": server, "config": config or {}, "engine": engine or {}, "queue": queue, "fail": fail}
     return ["-m", "tests.serving.fake_server", json.dumps(options)]
 
 

@@ -6,7 +6,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 import pjengine
-from pjengine.errors import EngineDead
 from pjengine.serving.context import ServerContext
 from pjengine.serving.errors import unavailable
 from pjengine.serving.protocol.models import ModelCard, ModelList, VersionResponse
@@ -24,8 +23,7 @@ async def retrieve_model(context: ServerContext, model: str) -> Response:
 
 async def health(context: ServerContext) -> Response:
     """200 with an empty body while new requests are served."""
-    if not context.client.alive:
-        raise EngineDead("the engine has stopped")
+    context.client.require_alive()
     if context.gate.shut:
         raise unavailable("the server is shutting down", "shutting_down")
     return Response()

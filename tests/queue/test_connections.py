@@ -1,0 +1,76 @@
+"""How Redis is reached: passwords, TLS, sockets, clusters."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+from pjengine.engine_info import EngineInfo
+from pjengine.queue.client_link import ClientLink, Item
+from pjengine.queue.options import QueueOptions
+from pjengine.queue.worker_link import WorkerLink
+from tests.queue.redis_server import RedisServer
+from tests.serving.live_server import wait_for
+
+
+def round_trip(options: QueueOptions) -> None:
+    """All that the two sides say to Redis."""
+
+    async def main() -> None:
+        client, worker = ClientLink(options), WorkerLink(options)
+        worker.ping()
+        await client.join()
+        assert worker.beat(EngineInfo("model", "embed", 100, 10)) == set()
+        await client.submit([Item("a", False, 1, b"?"), Item("b", True, 1, b"?")], 10)
+        worker.wait()
+        claim = worker.claim(10, 10, 10)
+        assert claim is not None
+        assert worker.beat(EngineInfo("model", "embed", 100, 10), [claim.id, "other"]) == {"other"}
+        assert worker.complete(claim.id, {"a": b"A", "b": b"B"}) == 2
+        assert await client.results() == [b"A", b"B"]
+        await client.cancel(["c"])
+        status = await client.beat()
+        assert (status.workers, status.counters["answered"]) == (1, 2)
+        worker.leave()
+        worker.close()
+        await client.leave()
+        await client.close()
+
+    asyncio.run(main())
+
+
+def test_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    with RedisServer(tmp_path, "--unixsocket", str(path)):
+        round_trip(QueueOptions(url=f"unix://{path}"))
+
+
+def test_password(tmp_path: Path) -> None:
+    with RedisServer(tmp_path, "--requirepass", "s3cret") as server:
+        round_trip(QueueOptions(url=f"redis://:s3cret@127.0.0.1:{server.port}/1"))
+
+
+def test_tls(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    arguments = ["--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+    with RedisServer(tmp_path, "--tls-auth-clients", "no", *arguments, tls=True) as server:
+        round_trip(QueueOptions(url=f"rediss://localhost:{server.port}?ssl_ca_certs={certificate}"))
+
+
+def test_cluster(tmp_path: Path) -> None:
+    """A node that owns all slots refuses what spans them, so one hash tag holds all keys."""
+    with RedisServer(tmp_path, "--cluster-enabled", "yes") as server:
+        client = server.client()
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        wait_for(lambda: "cluster_state:ok" in str(client.execute_command("CLUSTER", "INFO")))
+        round_trip(QueueOptions(url=f"redis+cluster://127.0.0.1:{server.port}"))
