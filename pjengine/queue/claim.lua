@@ -67,7 +67,7 @@ for i, entry in ipairs(taken) do
   local item = entry.item
   item.claim, item.deliveries = claim, item.deliveries + 1
   ids[i] = entry.id
-  rewritten[2 * i - 1], rewritten[2 * i] = entry.id, write_item(item)
+  append(rewritten, entry.id, write_item(item))
   table.insert(waiting[item.class], entry.id)
 end
 in_chunks('HSET', ITEMS, rewritten, 2)
@@ -86,8 +86,7 @@ local reply = { alone and 1 or 0 }
 for first = 1, #ids, CHUNK do
   local last = math.min(first + CHUNK - 1, #ids)
   for i, payload in ipairs(redis.call('HMGET', PAYLOADS, unpack(ids, first, last))) do
-    reply[#reply + 1] = ids[first + i - 1]
-    reply[#reply + 1] = payload
+    append(reply, ids[first + i - 1], payload)
   end
 end
 return reply

@@ -27,6 +27,11 @@ local function count(name, by)
   redis.call('HINCRBY', COUNTERS, name, by or 1)
 end
 
+local function append(list, a, b)
+  list[#list + 1] = a
+  list[#list + 1] = b
+end
+
 -- Calls a command of one key with many arguments, some at a time; `step` arguments belong together.
 local function in_chunks(command, key, arguments, step)
   local size = CHUNK - CHUNK % (step or 1)

@@ -36,7 +36,7 @@ class QueueOptions:
             raise ConfigError(f"queue: expected a URL that begins with one of {'://, '.join(SCHEMES)}://")
         if not re.fullmatch(r"[\w.:-]{1,100}", self.name):
             raise ConfigError(f"queue_name: expected 1 to 100 of letters, digits and _ . : -, got {self.name!r}")
-        for field, value in (("queue_visibility", self.visibility), ("queue_timeout", self.timeout)):
+        for field, value in (("visibility", self.visibility), ("queue_timeout", self.timeout)):
             if not 0.1 <= value <= 86400:
                 raise ConfigError(f"{field}: expected 0.1 to 86400 seconds, got {value!r}")
         if self.max_deliveries < 1:

@@ -11,17 +11,24 @@ if waiting + n > limit then
   count('refused', n)
   return { 'full', waiting }
 end
+local seq = redis.call('HINCRBY', COUNTERS, 'submitted', n) - n
+local items, payloads, deadlines, waiting = {}, {}, {}, { query = {}, document = {} }
 for i = 4, #ARGV, 5 do
   local id, class, tokens, timeout, payload = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), ARGV[i + 4]
-  local seq = redis.call('HINCRBY', COUNTERS, 'submitted', 1)
+  seq = seq + 1
   local item = {
     tokens = tokens, class = class, client = client, seq = seq,
     deliveries = 0, max_deliveries = max_deliveries, claim = '',
   }
-  redis.call('HSET', ITEMS, id, write_item(item))
-  redis.call('HSET', PAYLOADS, id, payload)
-  redis.call('ZADD', DEADLINES, now + timeout, id)
-  redis.call('ZADD', WAITING[class], seq, id)
+  append(items, id, write_item(item))
+  append(payloads, id, payload)
+  append(deadlines, now + timeout, id)
+  append(waiting[class], seq, id)
 end
+in_chunks('HSET', ITEMS, items, 2)
+in_chunks('HSET', PAYLOADS, payloads, 2)
+in_chunks('ZADD', DEADLINES, deadlines, 2)
+in_chunks('ZADD', WAITING.query, waiting.query, 2)
+in_chunks('ZADD', WAITING.document, waiting.document, 2)
 wake()
 return { 'ok' }

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -56,8 +54,6 @@ class QueueClient:
         self._options = options
         self._config = config
         self._name = name
-        self._prefix = uuid.uuid4().hex[:16]
-        self._ids = itertools.count()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Output)
         self._submissions: dict[str, Submission] = {}  # by request id
@@ -116,10 +112,6 @@ class QueueClient:
     def open_requests(self) -> int:
         return len(self._submissions)
 
-    def new_ids(self, count: int) -> list[str]:
-        """Ids for requests, unique in the queue."""
-        return [f"{self._prefix}.{i}" for i in itertools.islice(self._ids, count)]
-
     async def wait_dead(self) -> str:
         """Returns the reason when this server cannot go on. A Redis that is lost is none: it may come back."""
         return await asyncio.shield(self._dead)
@@ -129,7 +121,7 @@ class QueueClient:
         self._require_link()
 
     async def submit(self, requests: Sequence[Request]) -> Submission:
-        """Puts requests into the queue, all or none.
+        """Puts requests into the queue, all or none; their ids must be unique in the queue, not only here.
 
         Raises:
           EngineOverloaded: too many wait.

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 INDIRECT = {"absl-py"}
 # Halves of one installation.
 COMES_WITH = {"jaxlib": "jax", "pydantic-core": "pydantic"}
+# Of features that say which extra they need when it is missing.
+EXTRAS = ("queue", "triton")
 # Used where it is installed, missed where it is not.
 OPTIONAL = {"uvloop"}
 
@@ -50,7 +52,8 @@ def distributions(modules: set[str]) -> set[str]:
 
 
 def test_the_package_imports_exactly_what_it_asks_for() -> None:
-    assert distributions(imported("pjengine")) - OPTIONAL | INDIRECT == names(project()["dependencies"])
+    asked = names(project()["dependencies"]).union(*(names(project()["optional-dependencies"][e]) for e in EXTRAS))
+    assert distributions(imported("pjengine")) - OPTIONAL | INDIRECT == asked
 
 
 def test_the_tests_import_only_what_dev_brings() -> None:

@@ -43,10 +43,12 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Zip
 def test_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile, source: Path) -> None:
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {str(p.relative_to(source)) for p in (source / "pjengine").rglob("*.py")}
+    scripts = {str(p.relative_to(source)) for p in (source / "pjengine" / "queue").rglob("*.lua")}
     tables = {str(p.relative_to(source)) for p in (source / "pjengine" / "pallas_kernels").rglob("*.json")}
     assert "pjengine/serving/cli.py" in modules
     assert "pjengine/pallas_kernels/paged/planted.json" in tables
-    assert held == modules | tables | {"pjengine/py.typed"}
+    assert "pjengine/queue/claim.lua" in scripts
+    assert held == modules | tables | scripts | {"pjengine/py.typed"}
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:
@@ -55,7 +57,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["Version"] == "0.1.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "golden", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "triton", "queue", "golden", "dev"}
     assert b"Apache License" in read(wheel, "licenses/LICENSE")
 
 

@@ -28,7 +28,7 @@ class FakeBatchEngine(FakeEngine):
 
     def __init__(self, config: EngineConfig, step_seconds: float):
         self.runner = FakeLimits(budget=64, max_rows=16)
-        super().__init__(config, "embed", step_seconds, self.runner.max_rows)
+        super().__init__(config, "embed", step_seconds, self.runner.max_rows, labels=())
 
 
 def main() -> None:

@@ -42,9 +42,10 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
-    def client(self, **options: Any) -> redis.Redis:
-        tls = {"ssl": True, "ssl_cert_reqs": None, "ssl_check_hostname": False} if self._tls else {}
-        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0), **tls, **options)
+    def client(self) -> Any:
+        """Of redis-py, whose annotations mix bytes and str."""
+        tls: dict[str, Any] = {"ssl": True, "ssl_cert_reqs": None, "ssl_check_hostname": False} if self._tls else {}
+        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0), **tls)
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)

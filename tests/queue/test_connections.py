@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pjengine.engine_info import EngineInfo
+from pjengine.errors import ConfigError
 from pjengine.queue.client_link import ClientLink, Item
 from pjengine.queue.options import QueueOptions
 from pjengine.queue.worker_link import WorkerLink
@@ -74,3 +79,25 @@ def test_cluster(tmp_path: Path) -> None:
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         wait_for(lambda: "cluster_state:ok" in str(client.execute_command("CLUSTER", "INFO")))
         round_trip(QueueOptions(url=f"redis+cluster://127.0.0.1:{server.port}"))
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ConfigError, match=r"pip install 'pjengine\[queue\]'"):
+        WorkerLink(QueueOptions(url="redis://localhost"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:6379"}, "queue: expected a URL"),
+        ({"url": "redis://host:port"}, "queue: redis://host:port cannot be used"),
+        ({"url": "redis://h", "name": "{a}"}, "queue_name: expected"),
+        ({"url": "redis://h", "timeout": 0}, "queue_timeout: expected"),
+        ({"url": "redis://h", "visibility": -1}, "visibility: expected"),
+        ({"url": "redis://h", "max_deliveries": 0}, "max_deliveries: expected"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        WorkerLink(QueueOptions(**options))

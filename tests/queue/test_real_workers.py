@@ -55,7 +55,8 @@ def test_every_request_is_answered_once_or_refused(
     def load() -> None:
         while not enough.is_set():
             number = next(numbers)
-            answers[number] = server.post("/v1/embeddings", {"input": [TEXTS[i] for i in texts_of(number)]})
+            texts, kind = [TEXTS[i] for i in texts_of(number)], ("query", "document")[number % 2]
+            answers[number] = server.post("/v1/embeddings", {"input": texts, "input_type": kind})
 
     def victim_works() -> bool:
         return any(claim.decode().startswith(victim.id) for claim in redis_server.client().zrange(claims, 0, -1))

@@ -64,7 +64,7 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.redis: Any = self.server.client()
+        self.redis = self.server.client()
         self.redis.flushall()
         self.options = QueueOptions(url=self.server.url, name="model", max_deliveries=MAX_DELIVERIES)
         self.keys = dict(zip(NAMES, keys_of("model"), strict=False))

@@ -15,6 +15,7 @@ import typer.testing
 
 import pjengine
 from pjengine.config import EngineConfig
+from pjengine.queue.options import QueueOptions
 from pjengine.serving.cli import app
 from pjengine.serving.cli_options import attribute_docs
 from pjengine.serving.server_options import ServerOptions
@@ -31,7 +32,9 @@ def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.Comp
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, env=environ, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["generate"], ["embed"], ["convert"], ["models"]])
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in ["serve", "worker", "chat", "generate", "embed", "convert", "models"])]
+)
 def test_help(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0
@@ -51,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert not HEAVY & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "generate", "embed", "rerank"])
+@pytest.mark.parametrize("command", ["serve", "worker", "chat", "generate", "embed", "rerank"])
 def test_every_engine_option_is_a_flag(command: str) -> None:
     text = run(command, "--help").stdout
     for field in dataclasses.fields(EngineConfig):
@@ -85,8 +88,8 @@ def test_flags_named_as_in_vllm() -> None:
 def test_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def run_server(options: ServerOptions, config: EngineConfig) -> int:
-        seen.extend([options, config])
+    def run_server(options: ServerOptions, config: EngineConfig, queue: QueueOptions | None) -> int:
+        seen.extend([options, config, queue])
         return 7
 
     monkeypatch.setattr("pjengine.serving.server.run_server", run_server)
@@ -96,6 +99,10 @@ def test_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 7
     assert seen[0] == ServerOptions(port=1234, served_model_names=("a", "b"), api_key="secret", shutdown_grace=1.5)
     assert seen[1] == EngineConfig(model="some/model", max_model_len=99, enable_prefix_caching=False, dtype="bfloat16")
+    assert seen[2] is None
+    arguments += ["--queue-name", "q", "--queue-timeout", "9", "--max-deliveries", "2"]
+    typer.testing.CliRunner().invoke(app, arguments, env={"PJENGINE_QUEUE": "redis://h"})
+    assert seen[5] == QueueOptions(url="redis://h", name="q", timeout=9, max_deliveries=2)
 
 
 @pytest.mark.parametrize(
