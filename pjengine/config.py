@@ -27,7 +27,9 @@ class EngineConfig:
       seed: of dummy weights and of requests that bring no seed of their own.
       max_model_len: longest sequence, prompt and output together, in tokens; None: the model's own limit.
       max_num_seqs: most sequences in a step; None: 256 on a GPU, 64 on a CPU (embedding models: budget / 8).
-      max_num_batched_tokens: token budget of a step; None: 8192 on a GPU (embedding models: 16384), 512 on a CPU.
+      max_num_batched_tokens: token budget of a step; None: 8192 on a GPU, 512 on a CPU (embedding models: measured when
+        the engine starts, where the device is saturated).
+      max_wait_ms: embedding models: how long a text may wait on a free device for others to join its batch.
       max_waiting: most requests that may wait; one more is refused with EngineOverloaded.
       page_size: tokens per KV page; None: the device's default.
       num_pages: KV pages of the full-attention group; None: as many as memory allows.
@@ -46,6 +48,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_wait_ms: float = 0.0
     max_waiting: int = 16384
     page_size: int | None = None
     num_pages: int | None = None
@@ -72,6 +75,7 @@ class EngineConfig:
         _require(
             0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]"
         )
+        _require(self.max_wait_ms >= 0, "max_wait_ms", self.max_wait_ms, "at least 0")
         _require(self.cpu_kv_bytes > 0, "cpu_kv_bytes", self.cpu_kv_bytes, "above 0")
 
     @classmethod

@@ -15,7 +15,7 @@ from pjengine.config import EngineConfig
 from pjengine.device_cache import page_bytes
 from pjengine.errors import ConfigError, OutOfMemory
 from pjengine.kv_cache import CacheGroup, KVCacheManager
-from pjengine.limits import Limits, embedding_budget, limits_of, window_of
+from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, plan_memory
 from pjengine.models.loading import choose_dtype, model_of, weight_specs
 from pjengine.models.params import ParamSpec, is_spec
@@ -175,7 +175,7 @@ def _embedder_plan(
     config: EngineConfig, model: Any, dtype: Any, shards: Shards, budget: int, weights: int
 ) -> DevicePlan:
     window = window_of(config, model.max_position_embeddings)
-    tokens = embedding_budget(config, window, gpu=True)
+    tokens = embedding_tokens(config, window, gpu=True)
     memory = MemoryPlan(budget, weights, _activations(tokens, model, dtype, shards) + RESERVE, 0, (), 0)
     if memory.weights + memory.temporaries > budget:
         raise OutOfMemory(f"model: it does not fit ({memory}); lower max_num_batched_tokens, or take a larger device")

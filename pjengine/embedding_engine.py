@@ -1,9 +1,10 @@
-"""EmbeddingEngine: whole sequences, embedded or classified, packed to a token budget in the order they came."""
+"""EmbeddingEngine: whole sequences, embedded or classified, packed to a token budget as the device becomes free."""
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,48 +13,94 @@ from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request, Timings
 from pjengine.request_checks import check_prompt, check_token_types
+from pjengine.token_budget import CurvePoint
+from pjengine.waiting_line import WaitingLine
 
 
 class Batch(Protocol):
-    """A batch on its way; `read` waits for the device. bucket_tokens: of the compiled shape it runs in."""
+    """A batch on its way. bucket_tokens: of the compiled shape it runs in."""
 
     @property
     def bucket_tokens(self) -> int: ...
-    def read(self) -> np.ndarray: ...
+    @property
+    def done(self) -> bool:
+        """Whether `read` would not wait."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """The vectors; waits for the device."""
+        ...
 
 
 class Runner(Protocol):
-    """Embeds or classifies at most `max_rows` sequences of at most `budget` tokens in all per call, without waiting
-    for the device.
+    """Embeds or classifies sequences without waiting for the device.
+
+    Attributes:
+      budget: tokens of a batch at which the device is saturated.
+      max_rows: most sequences of a batch.
+      knee: the budget as it was measured; None: it was given.
     """
 
     budget: int
     max_rows: int
+    knee: CurvePoint | None
 
-    def dispatch(self, requests: list[Request]) -> Batch: ...
+    def dispatch(self, requests: list[Request]) -> Batch:
+        """Starts a batch of at most `max_rows` requests of `budget` tokens in all, or a single longer one."""
+        ...
+
+
+class _Running(NamedTuple):
+    """A batch on the device. dispatched: when, by the clock."""
+
+    requests: list[Request]
+    batch: Batch
+    dispatched: float
 
 
 class EmbeddingEngine:
     """The face of `Engine`, for models that embed or classify. Not thread-safe: one thread calls it.
 
-    Batches form by token count. While one runs, the next is packed and dispatched, so a step returns the results
-    of the one before.
+    Batches form by token count, as late as they can: the next one is packed and dispatched when the running one is
+    nearly done. So the device goes from one to the next, and a query waits for no more than the batch that runs (and,
+    should it come within the last LEAD seconds of it, for one more).
+
+    Args:
+      max_wait: seconds that a request may wait on a free device for others to come, as long as they fill no batch.
+      clock, sleep: as in `time`; tests bring their own.
     """
 
-    def __init__(self, info: EngineInfo, runner: Runner, max_waiting: int = 16384):
+    LEAD = 1e-3  # seconds before the running batch's end, beside the time a dispatch takes, at which the next is packed
+    NAP = 2e-4  # seconds of sleep at most, in which nothing is taken in
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        runner: Runner,
+        max_waiting: int = 16384,
+        max_wait: float = 0.0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         self.info = info
         self.runner = runner
         self.max_waiting = max_waiting
-        self._waiting: dict[str, tuple[Request, float]] = {}  # in order of arrival
+        self.max_wait = max_wait
+        self._clock, self._sleep = clock, sleep
+        self._line = WaitingLine()
         self._running: dict[str, tuple[Request, float, float]] = {}  # with the times of arrival and dispatch
-        self._in_flight: tuple[list[Request], Batch] | None = None
+        self._in_flight: _Running | None = None
+        self._seconds: dict[int, float] = {}  # of a batch, by its bucket's tokens
+        self._dispatch_seconds = 0.0
+        self._last_end = float("-inf")  # when the last batch was done
         self._prompt_tokens = 0
         self._steps = 0
         self._padded_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting) or self._in_flight is not None
+        return bool(self._line) or self._in_flight is not None
 
     def add(self, request: Request) -> None:
         """Queues a text.
@@ -68,62 +115,76 @@ class EmbeddingEngine:
                 f"model: {info.model} is of kind {info.kind} and does not generate; use a model of kind generate",
                 field="model",
             )
-        if request.request_id in self._waiting or request.request_id in self._running:
+        if request.request_id in self._line or request.request_id in self._running:
             raise InvalidRequest(f"request_id: {request.request_id!r} is in use by an open request", field="request_id")
         check_prompt(prompt, info, field="input")
         check_token_types(request, info)
-        if len(self._waiting) >= self.max_waiting:
-            raise EngineOverloaded(f"{len(self._waiting)} requests are waiting (max_waiting); retry later")
-        arrival = request.arrival_time if request.arrival_time is not None else time.monotonic()
-        self._waiting[request.request_id] = request, arrival
+        if len(self._line) >= self.max_waiting:
+            raise EngineOverloaded(f"{len(self._line)} requests are waiting (max_waiting); retry later")
+        self._line.add(request, self._clock() if request.arrival_time is None else request.arrival_time)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request. Unknown ids are ignored: it may just have finished."""
-        self._waiting.pop(request_id, None)
+        self._line.remove(request_id)
         self._running.pop(request_id, None)
 
     def step(self) -> list[Output]:
-        """One round; returns the results of the batch before."""
-        batch = self._pack()
-        started = None
-        if batch:
-            started = batch, self.runner.dispatch(batch)
-            self._steps += 1
-            self._padded_tokens += started[1].bucket_tokens
-            self._prompt_tokens += sum(len(r.prompt_token_ids) for r in batch)
-        finished, self._in_flight = self._in_flight, started
-        return self._outputs(*finished) if finished else []
+        """One round: the results of a batch that is done, or [] after a nap, if it is too early for anything."""
+        if (nap := self._nap()) > 0:
+            self._sleep(min(nap, self.NAP))
+            return []
+        finished, self._in_flight = self._in_flight, self._dispatch() if self._line else None
+        return self._outputs(finished) if finished else []
 
     def stats(self) -> Stats:
+        knee = self.runner.knee
         return Stats(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=len(self._line),
             prompt_tokens=self._prompt_tokens,
             steps=self._steps,
             step_tokens=self._prompt_tokens,
             padded_tokens=self._padded_tokens,
+            batch_budget=self.runner.budget,
+            knee_tokens=knee.tokens if knee else 0,
+            knee_seconds=knee.seconds if knee else 0.0,
         )
 
-    def _pack(self) -> list[Request]:
-        batch: list[Request] = []
-        left = self.runner.budget
-        now = time.monotonic()
-        for request, arrival in self._waiting.values():
-            if len(request.prompt_token_ids) > left or len(batch) == self.runner.max_rows:
-                break
-            batch.append(request)
-            left -= len(request.prompt_token_ids)
-            self._running[request.request_id] = request, arrival, now
-        for request in batch:
-            del self._waiting[request.request_id]
-        return batch
+    def _nap(self) -> float:
+        """Seconds until it is time to pack the next batch, or to wait for the running one; 0 or less: now."""
+        running, now = self._in_flight, self._clock()
+        if running is not None:
+            seconds = self._seconds.get(running.batch.bucket_tokens)
+            if seconds is None or running.batch.done:
+                return 0.0
+            return self._start(running) + seconds - now - self.LEAD - self._dispatch_seconds
+        return 0.0 if self._line.tokens >= self.runner.budget else self._line.oldest + self.max_wait - now
 
-    def _outputs(self, batch: list[Request], running: Batch) -> list[Output]:
-        results = np.ascontiguousarray(running.read(), "<f4")
+    def _dispatch(self) -> _Running:
+        began = self._clock()
+        entries = self._line.take(self.runner.budget, self.runner.max_rows)
+        requests = [entry.request for entry in entries]
+        batch = self.runner.dispatch(requests)
+        now = self._clock()
+        self._dispatch_seconds += (now - began - self._dispatch_seconds) / 8
+        self._steps += 1
+        self._padded_tokens += batch.bucket_tokens
+        for request, arrival, tokens in entries:
+            self._running[request.request_id] = request, arrival, now
+            self._prompt_tokens += tokens
+        return _Running(requests, batch, now)
+
+    def _start(self, running: _Running) -> float:
+        """When the device began with a batch: once it was there, and the one before it was done."""
+        return max(running.dispatched, self._last_end)
+
+    def _outputs(self, running: _Running) -> list[Output]:
+        results = np.ascontiguousarray(running.batch.read(), "<f4")
         field = "logits" if self.info.kind == "classify" else "embedding"
-        now = time.monotonic()
+        now = self._clock()
+        self._learn(running, now)
         outputs = []
-        for request, result in zip(batch, results, strict=True):
+        for request, result in zip(running.requests, results, strict=True):
             entry = self._running.get(request.request_id)
             if entry is None or entry[0] is not request:
                 continue  # aborted
@@ -134,3 +195,11 @@ class EmbeddingEngine:
             setattr(output, field, result.tobytes())
             outputs.append(output)
         return outputs
+
+    def _learn(self, running: _Running, now: float) -> None:
+        """How long such a batch takes. A shorter time is believed at once: waiting too long leaves the device idle."""
+        seconds, known = now - self._start(running), self._seconds.get(running.batch.bucket_tokens)
+        self._last_end = now
+        if known is not None and seconds > known:
+            seconds = known + (seconds - known) / 8
+        self._seconds[running.batch.bucket_tokens] = seconds

@@ -16,12 +16,12 @@ from pjengine.batch import Bucket, forward_layout, init_tables
 from pjengine.config import EngineConfig
 from pjengine.device_cache import cache_shapes, page_bytes
 from pjengine.embedding_engine import EmbeddingEngine
-from pjengine.embedding_runner import EmbeddingRunner
+from pjengine.embedding_runner import EmbeddingRunner, embedding_buckets
 from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
 from pjengine.executables import open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
-from pjengine.limits import Limits, embedding_budget, limits_of, window_of
+from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
 from pjengine.memory_plan import RESERVE, MemoryPlan, plan_memory
 from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
 from pjengine.models.heads import Head
@@ -133,7 +133,7 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
     window, longest = window_of(config, model.config.max_position_embeddings), model.source.sentence.max_seq_length
     if config.max_model_len is None and longest:
         window = min(window, longest)
-    budget = embedding_budget(config, window, gpu=gpu)
+    largest = embedding_tokens(config, window, gpu=gpu)
     # Segments tell a pair's texts apart; a single text has one, so embeddings are computed without.
     token_types = getattr(model.config, "type_vocab_size", 0) if head.task == "classify" else 0
     runner = EmbeddingRunner(
@@ -142,9 +142,8 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
         model.params,
         head,
         token_types=token_types > 1,
-        budget=budget,
-        max_rows=config.max_num_seqs or max(8, budget // 8),
-        growth=2 if gpu else 4,
+        budget=config.max_num_batched_tokens,
+        buckets=embedding_buckets(largest, config.max_num_seqs or max(8, largest // 8), gpu=gpu),
         backend=config.attention_backend,
         store=open_store(config.compile_cache, (model.config, head, config.attention_backend, model.dtype.name)),
         progress=progress,
@@ -162,7 +161,7 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
         dtype=model.dtype.name,
         device=jax.devices()[0].device_kind,
     )
-    return EmbeddingEngine(info, runner, max_waiting=config.max_waiting)
+    return EmbeddingEngine(info, runner, max_waiting=config.max_waiting, max_wait=config.max_wait_ms / 1e3)
 
 
 def _check_backends(

@@ -44,6 +44,6 @@ def limits_of(config: EngineConfig, model_limit: int, *, gpu: bool) -> Limits:
     )
 
 
-def embedding_budget(config: EngineConfig, window: int, *, gpu: bool) -> int:
+def embedding_tokens(config: EngineConfig, window: int, *, gpu: bool) -> int:
     """Tokens of an embedding engine's largest batch: the longest text fits in any case."""
     return max(config.max_num_batched_tokens or (16384 if gpu else 512), window)

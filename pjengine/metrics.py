@@ -16,6 +16,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
       preemptions: sequences whose pages were taken away.
       prompt_tokens: prompt tokens of admitted sequences. generation_tokens: tokens generated.
+      batch_budget: tokens at which a batch of an embedding engine is full. knee_tokens, knee_seconds: where this device
+        was found saturated with this model, and how long such a batch takes; 0: not measured (gauges).
       steps: device steps dispatched. step_tokens: tokens in them. padded_tokens: tokens of their buckets.
     """
 
@@ -30,6 +32,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    batch_budget: int = 0
+    knee_tokens: int = 0
+    knee_seconds: float = 0.0
     steps: int = 0
     step_tokens: int = 0
     padded_tokens: int = 0

@@ -9,9 +9,9 @@ from typing import Any, Self
 import jax
 
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
-from pjengine.models.layers import gelu, layer_norm, linear, split_heads
+from pjengine.models.layers import gelu, layer_norm, linear
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
-from pjengine.pallas_kernels import packed_attention
+from pjengine.pallas_kernels import packed_attention_qkv
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 
@@ -130,8 +130,11 @@ def forward(
 # Compiled as part of its caller; the jit makes one trace serve all layers.
 @functools.partial(jax.jit, static_argnames="config")
 def _layer(layer: dict[str, jax.Array], x: jax.Array, inputs: StepInputs, config: EncoderConfig) -> jax.Array:
-    q, k, v = split_heads(linear(x, layer["qkv"], layer["qkv_bias"]), config.num_heads, config.num_heads)
-    attended = packed_attention(q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, backend=inputs.backend)
+    heads = config.num_heads
+    qkv = linear(x, layer["qkv"], layer["qkv_bias"]).reshape(x.shape[0], 3 * heads, -1)
+    attended = packed_attention_qkv(
+        qkv, inputs.query_starts, kv_heads=heads, scale=qkv.shape[-1] ** -0.5, backend=inputs.backend
+    )
     x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer["o_bias"]), layer, "attn_norm", config)
     up = gelu(linear(x, layer["up"], layer["up_bias"]))
     return _norm(x + linear(up, layer["down"], layer["down_bias"]), layer, "mlp_norm", config)

@@ -2,8 +2,15 @@
 
 from pjengine.pallas_kernels.describe import describe_backends
 from pjengine.pallas_kernels.kv_write.api import rope_write_kv
-from pjengine.pallas_kernels.packed.api import packed_attention
+from pjengine.pallas_kernels.packed.api import packed_attention, packed_attention_qkv
 from pjengine.pallas_kernels.paged.api import paged_attention
 from pjengine.pallas_kernels.rope import apply_rope
 
-__all__ = ["apply_rope", "describe_backends", "packed_attention", "paged_attention", "rope_write_kv"]
+__all__ = [
+    "apply_rope",
+    "describe_backends",
+    "packed_attention",
+    "packed_attention_qkv",
+    "paged_attention",
+    "rope_write_kv",
+]

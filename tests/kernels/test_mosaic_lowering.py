@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pjengine.errors import KernelUnavailable
-from pjengine.pallas_kernels import packed_attention, paged_attention, rope_write_kv
+from pjengine.pallas_kernels import packed_attention, packed_attention_qkv, paged_attention, rope_write_kv
 from tests.kernels.hopper import lower_for_hopper
 
 # heads, kv_heads, head_dim, page_size
@@ -61,15 +61,46 @@ def test_layers_share_one_kernel() -> None:
     assert many.count("@mosaic_gpu_v2") == few.count("@mosaic_gpu_v2")
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 16, 64), (12, 12, 32), (8, 2, 128)])
-@pytest.mark.parametrize(("tokens", "rows"), [(512, 64), (1000, 2)])
-def test_packed_attention(heads: int, kv_heads: int, head_dim: int, tokens: int, rows: int) -> None:
+# BGE and GTE, MiniLM, Qwen3-Embedding, and head sizes of others
+PACKED_SHAPES = [(16, 16, 64), (12, 12, 32), (16, 8, 128), (4, 4, 80), (4, 2, 96), (3, 1, 256)]
+
+
+def lower_packed(
+    heads: int, kv_heads: int, head_dim: int, tokens: int, rows: int, *, dtype: str = "bfloat16", **options: Any
+) -> str:
+    return lower_for_hopper(
+        lambda qkv, starts: packed_attention_qkv(
+            qkv, starts, kv_heads=kv_heads, scale=0.1, backend="mosaic", **options
+        ),
+        ((tokens, heads + 2 * kv_heads, head_dim), dtype),
+        ((rows + 1,), "int32"),
+    )
+
+
+@pytest.mark.parametrize("shape", PACKED_SHAPES)
+@pytest.mark.parametrize(("tokens", "rows", "kernel"), [(512, 64, "short"), (1000, 2, "long")])
+def test_packed_attention(shape: tuple[int, int, int], tokens: int, rows: int, kernel: str) -> None:
+    text = lower_packed(*shape, tokens, rows)
+    assert text.count("@mosaic_gpu_v2") == 1
+    assert f"packed_attention_{kernel}" in text
+    assert "stablehlo.while" not in text, "loops on the device split its CUDA graph"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"window": 65}, {"causal": True, "window": 9}, {"soft_cap": 30.0}, {"dtype": "float16"}],
+)
+def test_packed_options(options: dict[str, Any]) -> None:
+    for tokens, rows in ((512, 64), (1000, 2)):
+        assert "@mosaic_gpu_v2" in lower_packed(16, 8, 64, tokens, rows, **options)
+
+
+def test_packed_attention_of_arrays_apart() -> None:
     text = lower_for_hopper(
         lambda q, k, v, starts: packed_attention(q, k, v, starts, scale=0.1, backend="mosaic"),
-        ((tokens, heads, head_dim), "bfloat16"),
-        ((tokens, kv_heads, head_dim), "bfloat16"),
-        ((tokens, kv_heads, head_dim), "bfloat16"),
-        ((rows + 1,), "int32"),
+        ((516, 8, 64), "bfloat16"),
+        *[((516, 2, 64), "bfloat16")] * 2,
+        ((65,), "int32"),
     )
     assert "@mosaic_gpu_v2" in text
 
@@ -95,6 +126,10 @@ def test_kv_write_is_in_place(tokens: int, kv_dtype: str) -> None:
 
 
 def test_refusals_name_the_reason() -> None:
+    with pytest.raises(KernelUnavailable, match="head_dim must be 32, 64, 80, 96, 128 or 256, got 48"):
+        lower_packed(4, 4, 48, 512, 64)
+    with pytest.raises(KernelUnavailable, match="tensor cores take bfloat16 and float16, got float32"):
+        lower_packed(4, 4, 64, 512, 64, dtype="float32")
     with pytest.raises(KernelUnavailable, match="head_dim must be 64 or 128, got 80"):
         lower_paged((8, 8, 80, 16), 8, 8)
     with pytest.raises(KernelUnavailable, match="tensor cores take bfloat16 and float16, got float32"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pjengine.pallas_kernels import packed_attention
+from pjengine.pallas_kernels import packed_attention, packed_attention_qkv
 from tests.kernels.ragged_cases import oracle_attention, relative_error
 
 
@@ -73,6 +73,12 @@ def test_padding_that_holds_nan_stays_out() -> None:
     np.testing.assert_array_equal(run(q, k, v, starts, scale=0.5)[:9], clean[:9])
 
 
+def test_a_fused_projection_gives_the_same() -> None:
+    q, k, v, starts = batch([5, 0, 4], heads=6, kv_heads=2, head_dim=8, padding=3)
+    fused = packed_attention_qkv(jnp.concatenate([q, k, v], axis=1), starts, kv_heads=2, scale=0.5)
+    np.testing.assert_allclose(fused[:9], run(q, k, v, starts, scale=0.5)[:9], rtol=1e-6, atol=1e-6)
+
+
 def test_contradicting_arguments_are_refused() -> None:
     q, k, v, starts = batch([5], heads=2, kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match="k: "):
@@ -81,3 +87,5 @@ def test_contradicting_arguments_are_refused() -> None:
         packed_attention(q, k, v[:3], starts, scale=1.0)
     with pytest.raises(ValueError, match="one dtype"):
         packed_attention(q, k.astype(np.float16), v.astype(np.float16), starts, scale=1.0)
+    with pytest.raises(ValueError, match="qkv: expected"):
+        packed_attention_qkv(jnp.concatenate([q, k, v, k], axis=1)[:, :7], starts, kv_heads=2, scale=1.0)

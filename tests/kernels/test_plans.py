@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjengine.pallas_kernels.flash import TILE
-from pjengine.pallas_kernels.packed.mosaic import PackedConfig, packed_plan
+from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
@@ -67,38 +67,61 @@ def test_prefill_tiles_hold_each_query_once(counts: list[int], prefixes: list[in
 
 
 @SETTINGS
-@given(lens=lengths, causal=st.booleans(), window=st.sampled_from([None, 30]), block=st.sampled_from([64, 128]))
-def test_packed_tiles_read_what_their_tokens_see(lens: list[int], causal: bool, window: int | None, block: int) -> None:
+@given(
+    lens=lengths,
+    causal=st.booleans(),
+    window=st.sampled_from([None, 30]),
+    rows=st.sampled_from([64, 128]),
+    block=st.sampled_from([64, 128]),
+)
+def test_packed_tiles_read_what_their_tokens_see(
+    lens: list[int], causal: bool, window: int | None, rows: int, block: int
+) -> None:
     starts = np.minimum(np.cumsum([0, *lens]), TOKENS)
+    total = starts[-1]
     spec = AttentionSpec(heads=2, kv_heads=2, head_dim=64, causal=causal, window=window)
-    config = PackedConfig(block=block, stages=2, sms=5)
-    ranges, plan = (np.asarray(x) for x in packed_plan(jnp.asarray(starts, jnp.int32), TOKENS, spec, config))
+    plan = packed_plan(jnp.asarray(starts, jnp.int32), TOKENS, spec, rows=rows, block=block)
+    lows, highs = np.asarray(plan.ranges)
+    assert lows.shape == (TOKENS + rows,)
     row = np.repeat(np.arange(ROWS), np.diff(starts))
-    for token in range(ranges.shape[1]):
-        low, high = ranges[:, token]
-        if token >= starts[-1]:
-            assert low == high == 0
-            continue
+    for token in range(total):
         keys = np.arange(starts[row[token]], starts[row[token] + 1])
         if causal:
             keys = keys[keys <= token]
         if window is not None:
             keys = keys[np.abs(keys - token) < window]
-        assert (low, high) == (keys[0], keys[-1] + 1)
-    for (key, blocks, whole_begin, whole_end), (lows, highs) in zip(
-        plan, ranges.reshape(2, -1, TILE).transpose(1, 0, 2), strict=True
-    ):
+        assert (lows[token], highs[token]) == (keys[0], keys[-1] + 1)
+    assert not lows[total:].any()
+    assert not highs[total:].any()
+    tiles = np.asarray(plan.tiles)[: int(plan.count[0])]
+    assert len(tiles) <= tile_bound(TOKENS, rows)
+    np.testing.assert_array_equal(tiles[1:, 0], tiles[:-1, 1])
+    assert (tiles[0, 0], tiles[-1, 1]) == (0, TOKENS)
+    for first, last, key, blocks, whole_begin, whole_end in tiles:
+        assert first < last <= first // 8 * 8 + rows
         assert key % 8 == 0
         assert 0 <= whole_begin <= whole_end <= blocks
-        real = highs > 0
-        if real.any():
-            assert key <= lows[real].min()
-            assert highs.max() <= key + blocks * block
+        assert blocks >= 1
+        if first < total:
+            assert last <= total, "no tile holds both tokens and padding"
+            assert last in starts or last == first // 8 * 8 + rows
+            seen = slice(first, last)
+            assert key <= lows[seen].min()
+            assert key + (blocks - 1) * block < highs[seen].max() <= key + blocks * block
+            if whole_begin < whole_end:
+                assert lows[seen].max() <= key + whole_begin * block
+                assert key + whole_end * block <= highs[seen].min()
         else:
-            assert blocks == 0
-        if whole_begin < whole_end:
-            assert lows.max() <= key + whole_begin * block
-            assert key + whole_end * block <= highs.min()
+            assert whole_begin == whole_end
+
+
+def test_short_sequences_meet_the_keys_of_their_own_tile_alone() -> None:
+    starts = np.cumsum([0, *[13, 20, 7, 18, 24, 5] * 10])
+    spec = AttentionSpec(heads=2, kv_heads=2, head_dim=64, causal=False)
+    plan = packed_plan(jnp.asarray(starts, jnp.int32), int(starts[-1]), spec, rows=64, block=64)
+    tiles = np.asarray(plan.tiles)[: int(plan.count[0])]
+    assert (tiles[:, 3] == 1).all()
+    assert len(tiles) < 1.5 * starts[-1] / 64
 
 
 @SETTINGS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
@@ -58,18 +60,64 @@ def packed_attention(
         raise ValueError(f"k: {k.shape} does not fit q {q.shape}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks: expected [{q.shape[1]}], got {sinks.shape}")
+    options = _Options(scale, causal, window, soft_cap, backend)
+    return _attend((q, k, v), q.shape[1], k.shape[1], query_starts, sinks, options)
+
+
+def packed_attention_qkv(
+    qkv: jax.Array,
+    query_starts: jax.Array,
+    *,
+    kv_heads: int,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """`packed_attention` of a fused projection, read where it lies: cutting it up first would copy all of it.
+
+    Args:
+      qkv: [T, heads + 2 * kv_heads, head_dim]: the heads of q, then those of k, then those of v.
+      The others: as in `packed_attention`.
+    Returns: [T, heads, head_dim].
+    """
+    heads = qkv.shape[1] - 2 * kv_heads if qkv.ndim == 3 else 0
+    if heads < 1 or heads % kv_heads:
+        raise ValueError(f"qkv: expected [T, heads + 2 * {kv_heads}, head_dim], got {qkv.shape}")
+    return _attend((qkv,), heads, kv_heads, query_starts, sinks, _Options(scale, causal, window, soft_cap, backend))
+
+
+class _Options(NamedTuple):
+    scale: float
+    causal: bool
+    window: int | None
+    soft_cap: float | None
+    backend: str
+
+
+def _attend(
+    arrays: tuple[jax.Array, ...],
+    heads: int,
+    kv_heads: int,
+    query_starts: jax.Array,
+    sinks: jax.Array | None,
+    options: _Options,
+) -> jax.Array:
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks: expected [{heads}], got {sinks.shape}")
+    dtype = arrays[0].dtype.name
     spec = AttentionSpec(
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        dtype=q.dtype.name,
-        kv_dtype=k.dtype.name,
-        causal=causal,
-        window=window,
-        soft_cap=soft_cap,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=arrays[0].shape[2],
+        dtype=dtype,
+        kv_dtype=dtype,
+        causal=options.causal,
+        window=options.window,
+        soft_cap=options.soft_cap,
         sinks=sinks is not None,
     )
-    implementation = select("packed_attention", backend, BACKENDS, spec).load()
-    return implementation(q, k, v, query_starts, sinks, spec=spec, scale=scale)
+    implementation = select("packed_attention", options.backend, BACKENDS, spec).load()
+    return implementation(arrays, query_starts, sinks, spec=spec, scale=options.scale)

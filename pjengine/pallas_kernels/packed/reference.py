@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjengine.pallas_kernels.masking import MASKED, cap_scores, visible
+from pjengine.pallas_kernels.packed.operands import taken_apart
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 QUERY_BLOCK = 128
@@ -18,16 +19,18 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferr
 
 
 def packed_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    arrays: tuple[jax.Array, ...],
     query_starts: jax.Array,
     sinks: jax.Array | None,
     *,
     spec: AttentionSpec,
     scale: float,
 ) -> jax.Array:
-    """See `pjengine.pallas_kernels.packed_attention`. Each block of queries meets all T keys, others' rows masked."""
+    """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,).
+
+    Each block of queries meets all T keys, others' rows masked.
+    """
+    q, k, v = taken_apart(arrays, spec)
     tokens, heads, head_dim = q.shape
     size = min(QUERY_BLOCK, tokens)
     blocks = -(-tokens // size)

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.pallas_kernels.backends import current_target
+from pjengine.pallas_kernels.packed.operands import taken_apart
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.triton_attention import TileConfig, Work, attend, queries_per_item, tile_config
 from pjengine.pallas_kernels.work_items import query_items
 
 
 def packed_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    arrays: tuple[jax.Array, ...],
     query_starts: jax.Array,
     sinks: jax.Array | None,
     *,
@@ -22,7 +21,8 @@ def packed_attention(
     scale: float,
     tiles: TileConfig | None = None,
 ) -> jax.Array:
-    """See `pjengine.pallas_kernels.packed_attention`. tiles: instead of the tuned ones."""
+    """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,); tiles: instead of the tuned ones."""
+    q, k, v = taken_apart(arrays, spec)
     target = current_target()
     config = tiles or tile_config(spec, target, single=False)
     counts = query_starts[1:] - query_starts[:-1]

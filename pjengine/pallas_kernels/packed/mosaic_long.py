@@ -1,0 +1,215 @@
+"""Packed attention of long sequences on Hopper: FlashAttention without padding, in Pallas Mosaic GPU.
+
+A work item is a tile of up to 128 consecutive tokens (plan.py) of one head. It reads the keys from its first token's
+sequence to its last token's; what a token sees of them is a range, so that blocks between the borders of a sequence
+run unmasked. The grid is persistent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pjengine.pallas_kernels.flash import (
+    COMPUTE_WARPGROUPS,
+    TILE,
+    Ring,
+    State,
+    attend_block,
+    initial_state,
+    ring_scratch,
+    take_turn,
+)
+from pjengine.pallas_kernels.mosaic_common import (
+    TILE_ROWS,
+    launch,
+    load_whole,
+    store_rows,
+    tile_iota,
+    tiled_smem,
+)
+from pjengine.pallas_kernels.packed.operands import PackedOperands
+from pjengine.pallas_kernels.packed.plan import GRANULE, PackedPlan
+from pjengine.pallas_kernels.specs import AttentionSpec
+
+SHARED_BYTES = 224 * 1024
+MOST_STAGES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class LongConfig:
+    """Tuning of the kernel: KV tokens per step, blocks in flight, streaming multiprocessors of the device."""
+
+    block: int
+    stages: int
+    sms: int
+
+
+def long_config(spec: AttentionSpec, sms: int) -> LongConfig:
+    """Blocks of 128 keys where registers and shared memory allow it."""
+    block = 128 if spec.head_dim <= 128 else 64
+    row = spec.head_dim * jnp.dtype(spec.dtype).itemsize
+    return LongConfig(block, min(MOST_STAGES, (SHARED_BYTES - 2 * TILE * row) // (2 * block * row)), sms)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))
+def long_attention(
+    operands: PackedOperands, plan: PackedPlan, *, spec: AttentionSpec, scale: float, config: LongConfig
+) -> jax.Array:
+    """Attention of a plan with tiles of TILE and blocks of config.block: [T, heads, head_dim]."""
+    (out,) = launch(
+        functools.partial(_kernel, heads_at=operands.heads_at, spec=spec, scale=scale, config=config),
+        (*operands.arrays, plan.ranges, plan.tiles, plan.count, plan.real_tokens),
+        out_type=(operands.out_type,),
+        scratch=dict(
+            q_smem=tiled_smem((2, COMPUTE_WARPGROUPS, TILE_ROWS, spec.head_dim), operands.dtype),
+            q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
+            q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
+            turns=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            **ring_scratch(config.stages, config.block, spec.head_dim, operands.dtype, copies=1),
+        ),
+        grid={"sm": config.sms},
+        warpgroups=COMPUTE_WARPGROUPS + 1,
+        name="packed_attention_long",
+    )
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One work item inside the kernel: a tile of one head. All are int32 scalars.
+
+    Attributes:
+      lap: how many items this SM had before; step: KV blocks it had before.
+      head: which query head; base: token of the tile's first row.
+      first, last: rows of the tile's first token and past its last.
+      key: first key to read; blocks: how many; whole_begin, whole_end: those that every token sees whole.
+    """
+
+    lap: jax.Array
+    step: jax.Array
+    head: jax.Array
+    base: jax.Array
+    first: jax.Array
+    last: jax.Array
+    key: jax.Array
+    blocks: jax.Array
+    whole_begin: jax.Array
+    whole_end: jax.Array
+
+
+def _kernel(
+    *refs: Any,
+    q_smem: Any,
+    q_full: Any,
+    q_free: Any,
+    turns: Any,
+    heads_at: tuple[int, int, int],
+    spec: AttentionSpec,
+    scale: float,
+    config: LongConfig,
+    **ring_refs: Any,
+) -> None:
+    *sources, ranges_ref, tiles_ref, count_ref, real_tokens_ref, out_ref = refs
+    q_ref, k_ref, v_ref = sources if len(sources) == 3 else sources * 3
+    wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+    ring = Ring(**ring_refs)
+    items = count_ref[0] * spec.heads
+
+    def for_each_item(body: Callable[[_Item], None]) -> None:
+        """Calls body for every work item of this SM, in the same order in every warpgroup."""
+
+        def one(lap: jax.Array, step: jax.Array) -> jax.Array:
+            place = sm + lap * config.sms
+            tile, head = lax.div(place, jnp.int32(spec.heads)), lax.rem(place, jnp.int32(spec.heads))
+            first, last, key, blocks, *whole = (tiles_ref[tile, i] for i in range(6))
+            base = lax.div(first, jnp.int32(GRANULE)) * GRANULE
+            body(_Item(lap, step, head, base, first - base, last - base, key, blocks, *whole))
+            return step + blocks
+
+        laps = lax.div(items - sm + (config.sms - 1), jnp.int32(config.sms))
+        lax.fori_loop(0, laps, one, jnp.int32(0))
+
+    @pl.when(wg == COMPUTE_WARPGROUPS)
+    def _copy() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def process(item: _Item) -> None:
+            q_slot = lax.rem(item.lap, jnp.int32(2))
+
+            @pl.when(item.lap >= 2)
+            def _() -> None:
+                plgpu.barrier_wait(q_free.at[q_slot])
+
+            for i in range(COMPUTE_WARPGROUPS):
+                source = q_ref.at[pl.ds(item.base + i * TILE_ROWS, TILE_ROWS), heads_at[0] + item.head]
+                plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, i], q_full.at[q_slot])
+            kv_head = lax.div(item.head, jnp.int32(spec.group))
+
+            @pl.loop(0, item.blocks)
+            def _(i: jax.Array) -> None:
+                rows = pl.ds(item.key + i * config.block, config.block)
+
+                def copy(name: str, smem: Any, barrier: Any) -> None:
+                    ref, at = (k_ref, heads_at[1]) if name == "k" else (v_ref, heads_at[2])
+                    plgpu.copy_gmem_to_smem(ref.at[rows, at + kv_head], smem, barrier)
+
+                ring.fill(item.step + i, copy)
+
+        for_each_item(process)
+
+    @pl.when(wg < COMPUTE_WARPGROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(232, action="increase")
+
+        def process(item: _Item) -> None:
+            q_slot = lax.rem(item.lap, jnp.int32(2))
+            token = item.base + wg * TILE_ROWS
+            vector = plgpu.Layout.WGMMA.reduce(1)
+            begin, end = (
+                load_whole(ranges_ref.at[i, pl.ds(token, TILE_ROWS)], vector, optimized=False) for i in range(2)
+            )
+            plgpu.barrier_wait(q_full.at[q_slot])
+
+            def attend(i: jax.Array, state: State, masked: bool) -> State:
+                first_key = item.key + i * config.block
+
+                def mask(shape: tuple[int, ...]) -> jax.Array:
+                    key = first_key + tile_iota((shape[0], shape[1]), 1)
+                    above = key >= lax.broadcast_in_dim(begin, shape, [0])
+                    return above & (key < lax.broadcast_in_dim(end, shape, [0]))
+
+                return attend_block(
+                    q_smem.at[q_slot, wg],
+                    ring,
+                    turns,
+                    item.step + i,
+                    state,
+                    scale=scale,
+                    soft_cap=spec.soft_cap,
+                    mask=mask if masked else None,
+                    tokens=real_tokens_ref[0] - first_key if masked else None,
+                )
+
+            state = initial_state(spec.head_dim)
+            masked, whole = functools.partial(attend, masked=True), functools.partial(attend, masked=False)
+            state = lax.fori_loop(0, item.whole_begin, masked, state)
+            state = lax.fori_loop(item.whole_begin, item.whole_end, whole, state)
+            acc, _, total = lax.fori_loop(item.whole_end, item.blocks, masked, state)
+            plgpu.barrier_arrive(q_free.at[q_slot])
+            total = jnp.where(total == 0, 1.0, total)  # padding tokens see nothing
+            acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+            target, skipped = out_ref.at[pl.ds(token, TILE_ROWS), item.head], wg * TILE_ROWS
+            store_rows(target, acc.astype(out_ref.dtype), item.first - skipped, item.last - skipped)
+
+        pl.when(wg == 1)(functools.partial(take_turn, turns))
+        for_each_item(process)
+        pl.when(wg == 0)(functools.partial(take_turn, turns))

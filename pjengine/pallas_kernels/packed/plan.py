@@ -1,0 +1,100 @@
+"""How a packed batch is cut into tiles of queries, and which keys each of them reads: plain JAX on integers.
+
+Equal for all layers of a step, so XLA computes it once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pjengine.pallas_kernels.specs import AttentionSpec
+
+GRANULE = 8  # rows: a TMA copy into tiled shared memory begins at a multiple of it
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["ranges", "tiles", "count", "real_tokens"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class PackedPlan:
+    """Work of one packed attention call, on the device.
+
+    Attributes:
+      ranges: int32 [2, tokens + tile rows], first and end of the keys each token sees; 0 and 0 for padding.
+      tiles: int32 [n, 6]: first and end of a tile's tokens, first key to read (a multiple of GRANULE), blocks of keys
+        to read (at least 1), and of those the first and end of the blocks that every token of the tile sees whole. A
+        tile's tokens lie within `rows` of its first one's granule. Tiles of padding see nothing.
+      count: int32 [1], how many of the n tiles there are; the others are meaningless.
+      real_tokens: int32 [1]; tokens from there on are padding.
+    """
+
+    ranges: jax.Array
+    tiles: jax.Array
+    count: jax.Array
+    real_tokens: jax.Array
+
+
+def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, rows: int, block: int) -> PackedPlan:
+    """Cuts the batch into tiles of at most `rows` queries that read blocks of `block` keys.
+
+    A tile ends with a sequence wherever one ends within its rows: short sequences then meet no keys but those of their
+    own tile, and a tile's worth of keys is one block.
+    """
+    total = query_starts[-1]
+    token = jnp.arange(tokens + rows, dtype=jnp.int32)
+    last_row = query_starts.shape[0] - 1
+    row = jnp.searchsorted(query_starts[1:], token, side="right", method="scan_unrolled")
+    real = token < total
+    begin = jnp.where(real, query_starts[jnp.minimum(row, last_row)], 0)
+    end = jnp.where(real, query_starts[jnp.minimum(row + 1, last_row)], 0)
+    if spec.window is not None:
+        begin = jnp.where(real, jnp.maximum(begin, token - spec.window + 1), 0)
+        if not spec.causal:
+            end = jnp.minimum(end, token + spec.window)
+    if spec.causal:
+        end = jnp.minimum(end, token + 1)
+
+    cuts = tile_cuts(query_starts, tokens, rows)
+    first, last = cuts[:-1], cuts[1:]
+    # Both ends of what a token sees grow from token to token: the first and the last of a tile tell for all.
+    final = jnp.maximum(last - 1, 0)
+    lowest = begin[first] // GRANULE * GRANULE
+    seen = first < total
+    blocks = jnp.where(seen, -(-(end[final] - lowest) // block), 1)
+    lowest = jnp.where(seen, lowest, first // GRANULE * GRANULE)
+    whole_begin = jnp.where(seen, jnp.clip(-(-(begin[final] - lowest) // block), 0, blocks), blocks)
+    whole_end = jnp.clip((end[first] - lowest) // block, whole_begin, blocks)
+    tiles = jnp.stack([first, last, lowest, blocks, whole_begin, whole_end], axis=1)
+    count = (first < tokens).sum(dtype=jnp.int32)
+    return PackedPlan(jnp.stack([begin, end]).astype(jnp.int32), tiles.astype(jnp.int32), count[None], total[None])
+
+
+def tile_cuts(query_starts: jax.Array, tokens: int, rows: int) -> jax.Array:
+    """Tokens at which tiles begin, and where the last one ends: int32 [n + 1], all `tokens` from there on.
+
+    The tile that begins at p ends at the last border of sequences within its rows, or where there is none (a longer
+    sequence, padding) with its rows. Tile i begins where i such steps lead from 0: of each power of two of steps there
+    is one table, and i's bits say which of them to take.
+    """
+    place = jnp.arange(tokens + 1, dtype=jnp.int32)
+    limit = place // GRANULE * GRANULE + rows
+    border = query_starts[jnp.searchsorted(query_starts, limit, side="right", method="scan_unrolled") - 1]
+    jump = jnp.minimum(jnp.where(border > place, border, limit), tokens)
+    count = tile_bound(tokens, rows)
+    index = jnp.arange(count + 1, dtype=jnp.int32)
+    at = jnp.zeros_like(index)
+    for bit in range(count.bit_length()):
+        at = jnp.where((index >> bit) & 1 == 1, jump[at], at)
+        if bit + 1 < count.bit_length():
+            jump = jump[jump]
+    return at
+
+
+def tile_bound(tokens: int, rows: int) -> int:
+    """Most tiles there can be: two that follow one another reach at least as far as the first one's rows."""
+    return 2 * math.ceil(tokens / (rows - GRANULE + 1)) + 1

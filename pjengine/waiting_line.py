@@ -1,0 +1,91 @@
+"""WaitingLine: who is packed next. Two classes, order of arrival in each, whole sequences up to a token budget."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pjengine.request import Request
+
+LOOKAHEAD = 32  # requests that do not fit and are passed over for smaller ones behind them
+PATIENCE = 8  # batches that may pass over the oldest document before it goes first
+
+
+class Entry(NamedTuple):
+    """A request that waits. arrival: `time.monotonic()` seconds."""
+
+    request: Request
+    arrival: float
+    tokens: int
+
+
+class WaitingLine:
+    """Requests in order of arrival, by class: queries go first, documents get what they leave.
+
+    Nothing starves: what is passed over because it is too long for the rest of a batch stands first in the next one,
+    and a document that queries kept out of PATIENCE batches goes before them.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[str, dict[str, Entry]] = {"query": {}, "document": {}}
+        self._passed = 0  # batches that the oldest document has seen go
+        self.tokens = 0  # of all requests that wait
+
+    def __len__(self) -> int:
+        return sum(map(len, self._classes.values()))
+
+    def __contains__(self, request_id: str) -> bool:
+        return any(request_id in entries for entries in self._classes.values())
+
+    @property
+    def oldest(self) -> float:
+        """The earliest arrival; infinity where nothing waits."""
+        return min((_head(entries).arrival for entries in self._classes.values() if entries), default=float("inf"))
+
+    def add(self, request: Request, arrival: float) -> None:
+        entry = Entry(request, arrival, len(request.prompt_token_ids))
+        self._classes[request.input_type][request.request_id] = entry
+        self.tokens += entry.tokens
+
+    def remove(self, request_id: str) -> None:
+        """Unknown ids are ignored."""
+        for entries in self._classes.values():
+            if (entry := entries.pop(request_id, None)) is not None:
+                self.tokens -= entry.tokens
+
+    def take(self, budget: int, max_rows: int) -> list[Entry]:
+        """Takes out the next batch: at most `budget` tokens and `max_rows` requests, or one request of more tokens."""
+        batch: list[Entry] = []
+        queries, documents = self._classes["query"], self._classes["document"]
+        oldest = _head(documents) if documents else None
+        if oldest is not None and self._passed >= PATIENCE:
+            self._move(documents, oldest, batch)
+        for entries in (queries, documents):
+            if entries and not batch and _head(entries).tokens > budget:
+                self._move(entries, _head(entries), batch)
+            self._fill(entries, budget - sum(entry.tokens for entry in batch), max_rows - len(batch), batch)
+        waits = oldest is not None and oldest.request.request_id in documents
+        self._passed = self._passed + 1 if waits else 0
+        return batch
+
+    def _fill(self, entries: dict[str, Entry], left: int, rows: int, batch: list[Entry]) -> None:
+        passed = 0
+        fitting: list[Entry] = []
+        for entry in entries.values():
+            if rows == len(fitting) or left <= 0 or passed > LOOKAHEAD:
+                break
+            if entry.tokens > left:
+                passed += 1
+                continue
+            fitting.append(entry)
+            left -= entry.tokens
+        for entry in fitting:
+            self._move(entries, entry, batch)
+
+    def _move(self, entries: dict[str, Entry], entry: Entry, batch: list[Entry]) -> None:
+        del entries[entry.request.request_id]
+        self.tokens -= entry.tokens
+        batch.append(entry)
+
+
+def _head(entries: dict[str, Entry]) -> Entry:
+    return next(iter(entries.values()))
