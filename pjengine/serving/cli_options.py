@@ -24,6 +24,8 @@ _CHOICES: Mapping[str, tuple[object, ...]] = {
     "attention_backend": BACKENDS,
     "page_size": PAGE_SIZES,
 }
+# Further names of a flag. Options are passed on by their first name's field.
+_ALIASES: Mapping[str, tuple[str, ...]] = {"max_num_batched_tokens": ("--max-batch-tokens",)}
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
@@ -73,6 +75,7 @@ def _parameters(fields: list[dataclasses.Field[Any]]) -> list[inspect.Parameter]
         choices = _CHOICES.get(field.name)
         option = typer.Option(
             flag(field.name, kinds[field.name]),
+            *_ALIASES.get(field.name, ()),
             help=_sentence(docs.get(field.name, "")),
             metavar="|".join(map(str, choices)) if choices else None,
             rich_help_panel="Engine",

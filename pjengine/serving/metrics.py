@@ -23,6 +23,9 @@ _GAUGES = (
     ("pjengine_kv_cache_used_pages", "used_pages", "KV pages held by sequences."),
     ("pjengine_kv_cache_total_pages", "total_pages", "KV pages in all."),
     ("pjengine_kv_cache_reusable_pages", "cached_pages", "Free KV pages that still hold a cached prefix."),
+    ("pjengine_batch_budget_tokens", "batch_budget", "Tokens of a full batch of texts to embed; 0: generates."),
+    ("pjengine_knee_tokens", "knee_tokens", "Tokens at which the device was found saturated; 0: not measured."),
+    ("pjengine_knee_seconds", "knee_seconds", "Time of a batch of so many tokens."),
 )
 _COUNTERS = (
     ("pjengine_prefix_cache_queried_tokens", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
