@@ -68,10 +68,10 @@ def test_readme_over_http(chat_server: LiveServer) -> None:
     check_curl(chat_server, curl, '"chat.completion"')
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_offline(index: int) -> None:
     code = blocks("docs/offline.md", "python")
-    assert len(code) == 2
+    assert len(code) == 3
     assert run_python(code[index]).strip()
 
 
@@ -80,8 +80,9 @@ def test_embeddings(embedding_server: LiveServer) -> None:
     near, far = map(float, run_python(in_process).split())
     assert far < 0.2 < 0.4 < near
     assert run_python(at(embedding_server, client)) == "384\n"
-    (shell,) = (block for block in blocks("docs/embeddings.md", "sh") if "curl" in block)
-    check_curl(embedding_server, shell[shell.index("curl") :], '"embedding"')
+    embed, ranks = (block for block in blocks("docs/embeddings.md", "sh") if "curl" in block)
+    check_curl(embedding_server, embed[embed.index("curl") :], '"embedding"')
+    check_curl(embedding_server, ranks[ranks.index("curl") :], '"index":1')
 
 
 def check_curl(server: LiveServer, command: str, expected: str) -> None:
