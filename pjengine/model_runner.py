@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -27,8 +26,10 @@ from pjengine.device_cache import copy_pages, make_cache
 from pjengine.engine import StepResult
 from pjengine.executables import ExecutableStore, compile_all
 from pjengine.kv_cache import PageCopy
+from pjengine.logprobs import Logprobs, compute_logprobs
 from pjengine.request import TokenLogprobs
-from pjengine.sampler import Logprobs, Sampled, SamplerState, Variant, compute_logprobs, init_state, sample, set_slot
+from pjengine.sampler import SamplerState, init_state, sample, set_slot
+from pjengine.samplers import Samplers
 from pjengine.sampling_batch import (
     SamplerKey,
     SamplingTable,
@@ -40,8 +41,6 @@ from pjengine.sampling_batch import (
 from pjengine.scheduler import Batch
 from pjengine.sequence import Sequence as Seq
 from pjengine.step_inputs import KVCache
-
-logger = logging.getLogger(__name__)
 
 _CHANGES = 1024  # entries of block tables that one call writes outside of a step
 _LOGPROB_CHUNK = 64  # prompt positions whose logits exist at once
@@ -90,13 +89,14 @@ class RunningStep:
 
     batch: Batch
     bucket_tokens: int
-    sampled: Sampled
+    tokens: jax.Array
+    logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None
 
     def read(self) -> StepResult:
         rows = len(self.batch)
-        tokens = np.asarray(self.sampled.tokens)[:rows]
-        logprobs = None if self.sampled.logprobs is None else _to_host(self.sampled.logprobs, 0, rows)
+        tokens = np.asarray(self.tokens)[:rows]
+        logprobs = None if self.logprobs is None else _to_host(self.logprobs, 0, rows)
         prompt: dict[int, list[TokenLogprobs]] = {}
         if self.prompt_logprobs is not None:
             at = 0
@@ -144,10 +144,8 @@ class ModelRunner:
             store,
             progress,
         )
-        keys = [SamplerKey(rows, v) for rows in sorted({b.rows for b in shape.buckets}) for v in Variant]
-        self._samplers = compile_all(
-            {k: functools.partial(self._lower_sampler, k) for k in keys}, "samplers", store, progress
-        )
+        rows = {b.rows for b in shape.buckets}
+        self._samplers = Samplers(self._lower_sampler, rows, shape.vocab_size, store, progress)
         self._cache = make_cache(cache_shapes)
         self.kv_bytes_per_token = (
             sum(x.dtype.itemsize * x.size // x.shape[0] for x in jax.tree.leaves(cache_shapes)) // shape.page_size
@@ -168,15 +166,18 @@ class ModelRunner:
         logits, hidden, self._cache, self._tables = self._forward[bucket](
             self.params, self._cache, self._tables, self._state.tail, packed
         )
-        key = self._sampling.key(batch, bucket.rows)
+        key, sampler = self._samplers.get(self._sampling.key(batch, bucket.rows))
         packed = self._sampling.fill(batch, key, sampler_layout(key))
-        sampled, self._state = self._sampler(key)(logits, self._state, packed)
+        tokens, self._state = sampler(logits, self._state, packed)
+        logprobs = None
+        if self._sampling.wants_logprobs(batch):
+            logprobs = self._samplers.logprobs(bucket.rows)(logits, tokens)
         prompt_logprobs = None
         if hidden is not None and _scores_prompts(batch):
             prompt_logprobs = self._prompt_logprobs(self.params, hidden, _next_tokens(batch, bucket))
-        for array in jax.tree.leaves((sampled, prompt_logprobs)):
+        for array in jax.tree.leaves((tokens, logprobs, prompt_logprobs)):
             array.copy_to_host_async()
-        return RunningStep(batch, bucket.tokens, sampled, prompt_logprobs)
+        return RunningStep(batch, bucket.tokens, tokens, logprobs, prompt_logprobs)
 
     def bucket_for(self, batch: Batch) -> Bucket:
         """The smallest compiled shape that holds the batch."""
@@ -197,6 +198,10 @@ class ModelRunner:
             self._tables = self._write_tables(self._tables, list(surplus))
         return fill_forward(batch, bucket, layout, [found[:room] for found in changes], self.shape.slots)
 
+    def settle(self) -> None:
+        """Waits for samplers that are being compiled while others stand in for them."""
+        self._samplers.settle()
+
     def _load_slot(self, seq: Seq) -> None:
         size = 64
         while size < len(seq.tokens):
@@ -204,12 +209,6 @@ class ModelRunner:
         tokens = np.zeros(size, np.int32)
         tokens[: len(seq.tokens)] = seq.tokens
         self._state = self._set_slot(self._state, seq.slot, tokens, len(seq.tokens), seq.prompt_len)
-
-    def _sampler(self, key: SamplerKey) -> Any:
-        if key not in self._samplers:
-            logger.info("compiling a sampler for %s", key)
-            self._samplers[key] = self._lower_sampler(key).compile()
-        return self._samplers[key]
 
     def _lower_sampler(self, key: SamplerKey) -> Any:
         logits = jax.ShapeDtypeStruct((key.rows, self.shape.vocab_size), jnp.float32)
@@ -256,7 +255,7 @@ def prompt_logprobs_function(module: ModuleType, config: Any) -> Any:
 
 def _sample_step(
     logits: jax.Array, state: SamplerState, packed: jax.Array, key: SamplerKey
-) -> tuple[Sampled, SamplerState]:
+) -> tuple[jax.Array, SamplerState]:
     return sample(logits, state, unpack_sampler(packed, sampler_layout(key)), key.variant)
 
 

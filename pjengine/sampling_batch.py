@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pjengine.batch import Layout
-from pjengine.sampler import TAIL, SamplingInputs, Variant
+from pjengine.sampler import TAIL, SamplingInputs, Variant, variant_of
 from pjengine.scheduler import Batch, Row
 from pjengine.sequence import Sequence
 
@@ -32,6 +32,15 @@ class SamplerKey:
     variant: Variant
     biases: int = 0
     bad_words: int = 0
+
+    def covers(self, other: SamplerKey) -> bool:
+        """Whether its executable can do the other's work."""
+        return (
+            self.rows == other.rows
+            and self.variant >= other.variant
+            and self.biases >= other.biases
+            and self.bad_words >= other.bad_words
+        )
 
 
 def sampler_layout(key: SamplerKey) -> Layout:
@@ -67,6 +76,7 @@ class SamplingTable:
         self._numbers = {name: np.full(slots + 1, idle, dtype) for name, (_, dtype, idle) in _NUMBERS.items()}
         self._seeds = np.zeros((slots + 1, 2), np.uint32)
         self._variants = np.zeros(slots + 1, np.int8)
+        self._logprobs = np.zeros(slots + 1, np.bool_)
         self._listing = np.zeros(slots + 1, np.bool_)  # has biases or forbidden words, or may have
 
     def load(self, seq: Sequence) -> None:
@@ -78,9 +88,12 @@ class SamplingTable:
             params.logit_bias or params.allowed_token_ids is not None or params.min_tokens or params.bad_words_token_ids
         )
         self._listing[slot] = listing
-        plain = params.greedy and not listing and not needs_state(seq)
-        variant = Variant.LOGPROBS if params.logprobs is not None else Variant.GREEDY if plain else Variant.SAMPLE
-        self._variants[slot] = variant
+        self._logprobs[slot] = params.logprobs is not None
+        if params.greedy:
+            self._numbers["temperature"][slot] = 0.0
+            self._variants[slot] = Variant.PLAIN if listing or needs_state(seq) else Variant.GREEDY
+        else:
+            self._variants[slot] = variant_of(params.top_k, params.top_p)
 
     def key(self, batch: Batch, bucket_rows: int) -> SamplerKey:
         """The smallest sampler that covers every row that samples."""
@@ -91,6 +104,9 @@ class SamplingTable:
             words = max(words, len(batch.row(r).seq.params.bad_words_token_ids))
         variant = Variant(int(self._variants[slots].max()))
         return SamplerKey(bucket_rows, variant, _round_up(biases, 64), _round_up(words, 16))
+
+    def wants_logprobs(self, batch: Batch) -> bool:
+        return bool(self._logprobs[self._slots(batch)].any())
 
     def fill(self, batch: Batch, key: SamplerKey, layout: Layout) -> np.ndarray:
         """The packed buffer of a step's sampler."""

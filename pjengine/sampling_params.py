@@ -11,6 +11,7 @@ from pjengine.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_BAD_WORD_TOKENS = 16
+_GREEDY_BELOW = 1e-5  # vLLM's; logits divided by less overflow
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -19,9 +20,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Attributes:
       max_tokens: most tokens to generate; None: up to the model's window.
       min_tokens: no end-of-sequence or stop token before this many.
-      temperature: 0 is greedy (argmax); otherwise logits are divided by it.
-      top_p: keep the smallest set of tokens whose probabilities sum to at least this. (0, 1].
-      top_k: keep the k most probable tokens; 0 or -1 keeps all.
+      temperature: logits are divided by it; below 1e-5 (0, as a rule) the most likely token is taken.
+      top_p: keep the smallest set of most probable tokens whose share of what top_k keeps is at least this. (0, 1].
+      top_k: keep the k most probable tokens, the lower ids among equals; 0 or -1 keeps all.
       min_p: drop tokens less probable than this share of the most probable one's. [0, 1].
       seed: the random stream is a pure function of (seed, position); None draws one per request.
       n: sequences to generate from the prompt, sharing its pages.
@@ -103,7 +104,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        """Whether the most likely token is taken."""
+        return self.temperature < _GREEDY_BELOW or self.top_k == 1
 
 
 def _is_int(value: object) -> bool:

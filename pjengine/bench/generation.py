@@ -56,6 +56,7 @@ def decode(
     """Milliseconds of one decode step, from the difference of a long and a short run, so that prefill cancels out."""
     vocab = engine.info.vocab_size
     run(engine, items([(context, 3)] * batch, vocab), params)
+    _runner(engine).settle()
     short = run(engine, items([(context, 9)] * batch, vocab), params)
     long = run(engine, items([(context, 9 + steps)] * batch, vocab), params)
     seconds = (long.seconds - short.seconds) / steps

@@ -73,7 +73,7 @@ class SimulatedRunner:
             for slot, index, page in [*changes[g][room:], *v[f"changes_{g}"]]:
                 if slot <= self.slots:
                     table[slot, index] = page
-        key = SamplerKey(bucket.rows, Variant.SAMPLE)
+        key = SamplerKey(bucket.rows, Variant.PLAIN)
         for seq in batch.admitted:
             self.sampling.load(seq)
         s = sampler_layout(key).views(self.sampling.fill(batch, key, sampler_layout(key)))

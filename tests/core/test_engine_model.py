@@ -60,6 +60,11 @@ def workload(vocab: int, count: int = 12) -> list[tuple[list[int], SamplingParam
             n=2 if i % 5 == 0 else 1,
             presence_penalty=0.5 if i % 3 == 0 else 0.0,
             repetition_penalty=1.2 if i % 4 == 0 else 1.0,
+            top_k=(0, 5, 100)[i % 3],
+            top_p=0.8 if i % 4 == 2 else 1.0,
+            min_p=0.01 if i % 5 == 2 else 0.0,
+            logit_bias={7: 5.0} if i == 4 else None,
+            logprobs=3 if i == 8 else None,
         )
         requests.append((prompt, params))
     return requests

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -18,14 +21,16 @@ from pjengine.sampler import (
     SamplingInputs,
     Variant,
     adjust,
-    compute_logprobs,
     init_state,
     sample,
     set_slot,
+    variant_of,
 )
 
-VOCAB = 600
+VOCAB = 600  # not a multiple of the sampler's blocks
 SLOTS = 4
+ROWS = 32
+HEAVIEST = 2**24 - 1
 
 
 def inputs(rows: int, biases: int = 0, words: int = 0, **fields: object) -> SamplingInputs:
@@ -48,80 +53,174 @@ def inputs(rows: int, biases: int = 0, words: int = 0, **fields: object) -> Samp
     return SamplingInputs(**{name: jnp.asarray(value) for name, value in (base | fields).items()})
 
 
-def draws(logits: np.ndarray, count: int, **fields: object) -> np.ndarray:
+@functools.cache
+def compiled_adjust() -> Any:
+    def both(logits: jax.Array, state: SamplerState, asked: SamplingInputs) -> tuple[jax.Array, jax.Array]:
+        rows = adjust(logits, state, asked)
+        whole = rows.blocks.reshape(len(logits), -1)
+        return whole, rows.at(jnp.broadcast_to(jnp.arange(whole.shape[1]), whole.shape))
+
+    return jax.jit(both)
+
+
+@functools.cache
+def compiled(variant: Variant) -> Any:
+    return jax.jit(functools.partial(sample, variant=variant))
+
+
+def tokens_of(logits: np.ndarray, asked: SamplingInputs, variant: Variant) -> np.ndarray:
+    """Pads to ROWS rows, so that few shapes are compiled."""
+    rows = len(logits)
+    repeat = jnp.asarray(np.resize(np.arange(rows), max(rows, ROWS)))
+    asked = jax.tree.map(lambda x: x[repeat], asked)
+    tokens, _ = compiled(variant)(logits[np.asarray(repeat)], init_state(len(repeat), logits.shape[1]), asked)
+    return np.asarray(tokens)[:rows]
+
+
+def draws(logits: np.ndarray, count: int, variant: Variant, **fields: float) -> np.ndarray:
     """Tokens of `count` independent rows that share their logits."""
     seeds = np.stack([np.arange(count), np.full(count, 3)], 1).astype(np.uint32)
     rows: dict[str, Any] = {
         name: np.full(count, value, np.float32 if name != "top_k" else np.int32) for name, value in fields.items()
     }
-    asked = inputs(count, seeds=seeds, slots=np.zeros(count, np.int32), **rows)
-    sampled, _ = jax.jit(sample, static_argnums=3)(
-        jnp.tile(logits, (count, 1)), init_state(1, logits.shape[0]), asked, Variant.SAMPLE
-    )
-    return np.asarray(sampled.tokens)
+    return tokens_of(np.tile(logits, (count, 1)), inputs(count, seeds=seeds, **rows), variant)
 
 
-def kept_by_numpy(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Probabilities after top-k, then top-p, then min-p, by sorting."""
-    p = np.exp((logits - logits.max()) / temperature).astype(np.float64)
-    order = np.argsort(-p, kind="stable")
+def kept_by_numpy(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """Ids that stay after top-k, then top-p of what is left, then min-p; exact for integer weights, by sorting."""
+    kept = np.lexsort((np.arange(len(weights)), -weights))
+    kept = kept[weights[kept] > 0]
     if top_k > 0:
-        p[order[top_k:]] = 0
-    p /= p.sum()
+        kept = kept[:top_k]
     if top_p < 1:
-        before = np.cumsum(p[order]) - p[order]
-        p[order[before >= top_p]] = 0
-    p[p < min_p * p.max()] = 0
-    return p / p.sum()
+        sums = np.cumsum(weights[kept])
+        kept = kept[: np.searchsorted(sums, math.ceil(Fraction(top_p) * int(sums[-1]))) + 1]
+    return np.sort(kept[weights[kept] >= math.ceil(np.float32(min_p) * np.float32(HEAVIEST))])
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    temperature=st.floats(0.2, 3),
-    top_k=st.sampled_from([0, 1, 2, 10, 599, 600, 10_000]),
-    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
-    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
-)
-def test_only_tokens_that_survive_the_cuts_are_drawn(
-    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
-    logits = np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
-    allowed = kept_by_numpy(logits, temperature, top_k, top_p, min_p)
-    tokens = draws(logits, 64, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    cut = allowed[tokens] == 0
-    # float32 sums may put the boundary token of top-p on the other side
-    nearest = np.sort(allowed[allowed > 0])[0]
-    probabilities = np.exp(logits / temperature)
-    assert np.all(probabilities[tokens[cut]] <= probabilities[allowed == nearest].min() * 1.0001)
-    assert cut.mean() < 0.05
+def drawn_by_numpy(weights: np.ndarray, kept: np.ndarray, seed: np.ndarray, position: int) -> int:
+    """The token at a random place of the cumulative distribution, in the order of the ids."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(seed)), position)
+    sums = np.cumsum(weights[kept])
+    return int(kept[np.searchsorted(sums, int(jax.random.bits(key)) * int(sums[-1]) >> 32, side="right")])
+
+
+def weights_by_numpy(logits: np.ndarray, temperature: np.ndarray) -> np.ndarray:
+    scaled = (logits - logits.max(1, keepdims=True)) * (np.float32(1) / temperature)[:, None]
+    return np.round(np.asarray(jax.jit(jnp.exp)(scaled)) * np.float32(HEAVIEST)).astype(np.int64)
+
+
+def wild_logits(random: np.random.Generator) -> np.ndarray:
+    """Rows of many kinds: smooth, full of ties, flat, one token alone, few tokens, huge."""
+    logits = random.normal(0, random.uniform(0.1, 5, (ROWS, 1)), (ROWS, VOCAB)).astype(np.float32)
+    logits[::4] = np.round(logits[::4])
+    logits[1] = 0
+    logits[2:4] = -np.inf
+    logits[2, random.integers(VOCAB)] = -7
+    logits[3, random.integers(0, VOCAB, 5)] = random.normal(0, 1, 5)
+    logits[5] *= 1e30
+    logits[6, random.integers(0, VOCAB, 100)] = -np.inf
+    return logits
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_variant_draws_the_token_that_sorting_in_exact_arithmetic_draws(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    logits = wild_logits(random)
+    top_k = random.choice([0, 0, 1, 2, 50, 64, 65, 599, 600, 10_000], ROWS).astype(np.int32)
+    top_p = random.choice([1, 0.999, 0.9, 0.5, 1e-3, 1e-12], ROWS).astype(np.float32)
+    min_p = random.choice([0, 0, 0.05, 0.5, 1], ROWS).astype(np.float32)
+    temperature = random.choice([1e-5, 0.2, 1, 3, 1000], ROWS).astype(np.float32)
+    seeds = random.integers(0, 2**32, (ROWS, 2), dtype=np.uint32)
+    asked = inputs(ROWS, seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    with np.errstate(invalid="ignore"):
+        weights = weights_by_numpy(logits, temperature)
+    expected = [
+        drawn_by_numpy(w, kept_by_numpy(w, int(k), float(p), float(m)), s, 5)
+        for w, k, p, m, s in zip(weights, top_k, top_p, min_p, seeds, strict=True)
+    ]
+    needed = np.array([variant_of(int(k), float(p)) for k, p in zip(top_k, top_p, strict=True)])
+    for variant in list(Variant)[Variant.PLAIN :]:
+        covered = needed <= variant
+        found = tokens_of(logits, asked, variant)
+        assert found[covered].tolist() == np.array(expected)[covered].tolist(), variant.name
+
+
+def test_weights_are_the_softmax() -> None:
+    """What the test above takes for granted: integer weights are probabilities to 24 bits of the likeliest one's."""
+    logits = np.random.default_rng(0).normal(0, 4, VOCAB).astype(np.float32)
+    for temperature in (0.3, 1.0, 2.5):
+        weights = weights_by_numpy(logits[None], np.array([temperature], np.float32))[0]
+        exact = np.exp((logits.astype(np.float64) - logits.max()) / np.float32(temperature))
+        np.testing.assert_allclose(weights / HEAVIEST, exact, rtol=5e-6, atol=2**-24)
+
+
+@pytest.mark.parametrize("variant", [Variant.TOP_K, Variant.TOP_P, Variant.TOP_K_TOP_P])
+def test_equals_are_kept_in_the_order_of_their_ids(variant: Variant) -> None:
+    logits = np.zeros(VOCAB, np.float32)
+    assert set(draws(logits, ROWS, variant, top_k=5)) == set(range(5))
+    logits[300] = 1
+    assert set(draws(logits, ROWS, variant, top_k=3)) == {0, 1, 300}
+    if variant > Variant.TOP_K:
+        assert set(draws(np.zeros(VOCAB, np.float32), ROWS, variant, top_p=0.0051)) == set(range(4))  # 3.06 of 600
 
 
 def test_frequencies_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
-    counts = np.bincount(draws(logits, 20_000), minlength=5)
+    counts = np.bincount(draws(logits, 20_000, Variant.PLAIN), minlength=5)
     expected = 20_000 * np.exp(logits)
     assert np.sum((counts - expected) ** 2 / expected) < 18.5  # chi-squared, 4 degrees of freedom, p = 0.001
 
 
+def test_unlikely_tokens_have_their_share() -> None:
+    """A million tokens a thousand times: 256 tokens of 2^-20 each beside one of all the rest."""
+    logits = np.full(VOCAB, -np.inf, np.float32)
+    logits[0], logits[100:356] = 0, np.log(2.0**-14)
+    found = draws(logits, 30_000, Variant.PLAIN)
+    share = 256 * 2.0**-14 / (1 + 256 * 2.0**-14)
+    unlikely = found[found > 0]
+    assert abs(len(unlikely) - 30_000 * share) < 4 * math.sqrt(30_000 * share)
+    assert len(np.unique(unlikely)) > 150  # of 256; 460 draws miss 42 on average
+
+
 def test_a_row_depends_on_its_seed_and_position_only() -> None:
     logits = np.random.default_rng(0).normal(size=(4, VOCAB)).astype(np.float32)
-    run = jax.jit(sample, static_argnums=3)
-    together, _ = run(jnp.asarray(logits), init_state(SLOTS, VOCAB), inputs(4), Variant.SAMPLE)
+    asked = inputs(4, top_k=np.array([0, 3, 0, 100]), top_p=np.array([1, 0.9, 0.5, 0.99], np.float32))
+    together = tokens_of(logits, asked, Variant.TOP_K_TOP_P)
     for row in range(4):
-        one = jax.tree.map(lambda x, row=row: x[row : row + 1], inputs(4))
-        alone, _ = run(jnp.asarray(logits[row : row + 1]), init_state(SLOTS, VOCAB), one, Variant.SAMPLE)
-        assert alone.tokens[0] == together.tokens[row]
-    later, _ = run(jnp.asarray(logits), init_state(SLOTS, VOCAB), inputs(4, positions=np.full(4, 6)), Variant.SAMPLE)
-    assert not np.array_equal(later.tokens, together.tokens)
+        one = jax.tree.map(lambda x, row=row: x[row : row + 1], asked)
+        alone, _ = compiled(Variant.TOP_K_TOP_P)(logits[row : row + 1], init_state(SLOTS, VOCAB), one)
+        assert alone[0] == together[row]
+    later = tokens_of(logits, inputs(4, positions=np.full(4, 6)), Variant.PLAIN)
+    assert not np.array_equal(later, tokens_of(logits, inputs(4), Variant.PLAIN))
 
 
-def test_temperature_zero_is_the_argmax_beside_sampling_neighbours() -> None:
+@pytest.mark.parametrize("variant", list(Variant)[Variant.PLAIN :])
+def test_temperature_zero_is_the_argmax_beside_sampling_neighbours(variant: Variant) -> None:
     logits = np.random.default_rng(1).normal(size=(3, VOCAB)).astype(np.float32)
-    asked = inputs(3, temperature=np.array([0, 1, 0], np.float32))
-    tokens = sample(jnp.asarray(logits), init_state(SLOTS, VOCAB), asked, Variant.SAMPLE)[0].tokens
-    assert tokens[0] == logits[0].argmax()
-    assert tokens[2] == logits[2].argmax()
+    logits[2] = np.round(logits[2])
+    tokens = tokens_of(logits, inputs(3, temperature=np.array([0, 1, 0], np.float32)), variant)
+    assert tokens[[0, 2]].tolist() == logits[[0, 2]].argmax(1).tolist()
+    assert tokens_of(logits, inputs(3), Variant.GREEDY).tolist() == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("variant", list(Variant)[Variant.PLAIN :])
+def test_a_row_with_nothing_allowed_leaves_its_neighbours_alone(variant: Variant) -> None:
+    logits = np.random.default_rng(1).normal(size=(2, VOCAB)).astype(np.float32)
+    before = tokens_of(logits, inputs(2), variant)
+    logits[0] = -np.inf
+    after = tokens_of(logits, inputs(2), variant)
+    assert after[1] == before[1]
+    assert 0 <= after[0] < VOCAB
+
+
+def adjusted(logits: np.ndarray, state: SamplerState, asked: SamplingInputs) -> np.ndarray:
+    """All of the adjusted logits, which must not depend on how they are read."""
+    whole, at = map(np.asarray, compiled_adjust()(logits, state, asked))
+    np.testing.assert_array_equal(at, whole)
+    assert np.isneginf(whole[:, VOCAB:]).all()
+    return whole[:, :VOCAB]
 
 
 def test_penalties_are_those_of_the_openai_and_ctrl_formulas() -> None:
@@ -139,7 +238,7 @@ def test_penalties_are_those_of_the_openai_and_ctrl_formulas() -> None:
         expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
     for token in set(output):
         expected[token] -= 0.5 + 0.25 * output.count(token)
-    np.testing.assert_allclose(adjust(jnp.asarray(logits), state, asked)[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(adjusted(logits, state, asked)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_sampled_tokens_are_counted_and_remembered() -> None:
@@ -147,7 +246,7 @@ def test_sampled_tokens_are_counted_and_remembered() -> None:
     logits = jnp.full((1, VOCAB), -5.0).at[0, 42].set(5.0)
     asked = inputs(1, slots=np.array([1]), temperature=np.zeros(1, np.float32))
     for _ in range(2):
-        _, state = sample(logits, state, asked, Variant.SAMPLE)
+        _, state = compiled(Variant.PLAIN)(logits, state, asked)
     assert state.counts[1, 42] == 2
     assert state.counts[1, 9] == PROMPT_BIT
     assert state.counts[1, 7] == 1
@@ -161,13 +260,13 @@ def test_biases_and_allowed_tokens() -> None:
     ids[0, :2], bias[0, :2] = [10, 11], [100, -np.inf]
     ids[1, :2], bias[1, :2] = [20, 21], [0, 1]
     asked = inputs(2, biases=64, allow_only=np.array([0, 1]), bias_ids=ids, bias=bias)
-    adjusted = np.asarray(adjust(jnp.asarray(logits), init_state(SLOTS, VOCAB), asked))
+    found = adjusted(logits, init_state(SLOTS, VOCAB), asked)
     expected = logits.copy()
     expected[0, 10] += 100
     expected[0, 11] = -np.inf
     expected[1] = -np.inf
     expected[1, [20, 21]] = logits[1, [20, 21]] + [0, 1]
-    np.testing.assert_allclose(adjusted, expected)
+    np.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -178,20 +277,9 @@ def test_a_forbidden_word_is_stopped_at_its_last_token(tail: list[int], word: li
     state = set_slot(init_state(SLOTS, VOCAB), 0, jnp.array(tail), len(tail), 0)
     words = np.full((1, 16, TAIL), -1, np.int32)
     words[0, 0, TAIL - len(word) :] = word
-    adjusted = adjust(jnp.zeros((1, VOCAB)), state, inputs(1, words=16, bad_words=words))
-    assert np.isneginf(adjusted[0, 3]) == forbidden
-    assert np.isneginf(adjusted).sum() == forbidden
-
-
-def test_logprobs_are_those_of_a_log_softmax() -> None:
-    logits = np.random.default_rng(4).normal(size=(3, VOCAB)).astype(np.float32)
-    tokens = np.array([5, int(logits[1].argmax()), 17])
-    found = compute_logprobs(jnp.asarray(logits), jnp.asarray(tokens))
-    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
-    np.testing.assert_allclose(found.token, expected[np.arange(3), tokens], rtol=1e-5)
-    assert found.rank[1] == 1
-    assert found.rank[0] == 1 + (logits[0] > logits[0, 5]).sum()
-    np.testing.assert_allclose(found.top, -np.sort(-expected)[:, :20], rtol=1e-5)
+    found = adjusted(np.zeros((1, VOCAB), np.float32), state, inputs(1, words=16, bad_words=words))
+    assert np.isneginf(found[0, 3]) == forbidden
+    assert np.isneginf(found).sum() == forbidden
 
 
 def test_a_slot_forgets_its_last_tenant() -> None:

@@ -1,0 +1,36 @@
+"""Log-probabilities of tokens, on the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from pjengine.sampling_params import MAX_LOGPROBS
+from pjengine.token_draw import Rows, first, to_blocks
+
+
+@struct.dataclass
+class Logprobs:
+    """Of the model's own distribution, before any adjustment."""
+
+    token: jax.Array  # float32 [N]
+    rank: jax.Array  # int32 [N], 1 is the most likely
+    top_ids: jax.Array  # int32 [N, MAX_LOGPROBS]
+    top: jax.Array  # float32 [N, MAX_LOGPROBS]
+
+
+def compute_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """Log-probabilities of `tokens` int32 [N] and of the MAX_LOGPROBS likeliest under float32 logits [N, vocab]."""
+    vocab = logits.shape[1]
+
+    def at(ids: jax.Array) -> jax.Array:
+        values = jnp.take_along_axis(logits, jnp.minimum(ids, vocab - 1), axis=1)
+        return jnp.where(ids < vocab, values, -jnp.inf)
+
+    rows = Rows(to_blocks(logits, -jnp.inf), at)
+    top_ids, top = first(jnp.max(rows.blocks, axis=2), rows, min(MAX_LOGPROBS, vocab))
+    chosen = at(tokens[:, None])
+    norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+    return Logprobs((chosen - norm)[:, 0], rank, top_ids, top - norm)

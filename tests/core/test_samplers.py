@@ -1,0 +1,91 @@
+"""Samplers compiled behind the engine's back: something always stands in, and errors come out."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pjengine.executables import open_store
+from pjengine.sampler import Variant
+from pjengine.samplers import Samplers, able
+from pjengine.sampling_batch import SamplerKey
+
+
+class Lowered:
+    """Compiles to its key's name, once let go."""
+
+    def __init__(self, key: SamplerKey, go: threading.Event):
+        self._key, self._go = key, go
+
+    def compile(self, **_: Any) -> Any:
+        assert self._go.wait(20)
+        if self._key.variant is Variant.TOP_P:
+            raise RuntimeError("no such kernel")
+        return Compiled(self._key)
+
+
+class Compiled:
+    def __init__(self, key: SamplerKey):
+        self.key = key
+
+    def memory_analysis(self) -> None:
+        return None
+
+
+class Compiler:
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.lowered: list[SamplerKey] = []
+        self.samplers = Samplers(self._lower, [1, 8], 50, open_store("", "test"), progress=False)
+        self.go.clear()
+
+    def _lower(self, key: SamplerKey) -> Lowered:
+        self.lowered.append(key)
+        return Lowered(key, self.go)
+
+    def got(self, key: SamplerKey) -> SamplerKey:
+        found, compiled = self.samplers.get(key)
+        assert compiled.key == found
+        return found
+
+
+@pytest.fixture
+def compiler() -> Compiler:
+    return Compiler()
+
+
+def test_the_able_one_stands_in_until_the_right_one_is_ready(compiler: Compiler) -> None:
+    plain = SamplerKey(8, Variant.PLAIN)
+    assert compiler.got(plain) == able(8)
+    assert compiler.got(plain) == able(8)
+    compiler.go.set()
+    compiler.samplers.settle()
+    assert compiler.got(plain) == plain
+    assert compiler.lowered.count(plain) == 1
+
+
+def test_what_every_engine_needs_is_ready_at_once(compiler: Compiler) -> None:
+    for rows in (1, 8):
+        assert compiler.got(SamplerKey(rows, Variant.GREEDY)) == SamplerKey(rows, Variant.GREEDY)
+        assert compiler.got(able(rows)) == able(rows)
+        found = compiler.samplers.logprobs(rows)(np.zeros((rows, 50), np.float32), np.zeros(rows, np.int32))
+        np.testing.assert_allclose(found.token, -np.log(50), rtol=1e-6)
+    assert len(compiler.lowered) == 4
+
+
+def test_a_stand_in_can_do_all_that_is_asked(compiler: Compiler) -> None:
+    small, large = SamplerKey(8, Variant.PLAIN, 64), SamplerKey(8, Variant.PLAIN, 1024)
+    assert compiler.got(small).covers(small)
+    compiler.go.set()  # nothing stands in for 1024 adjusted tokens: this one is waited for
+    assert compiler.got(large) == large
+
+
+def test_a_failed_compilation_is_raised(compiler: Compiler) -> None:
+    compiler.got(SamplerKey(1, Variant.TOP_P))
+    compiler.go.set()
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        compiler.samplers.settle()
