@@ -9,6 +9,7 @@ dispatch stays out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -23,10 +24,12 @@ from pjengine.bench import report, roofline
 from pjengine.errors import KernelUnavailable
 from pjengine.pallas_kernels import describe_backends, packed_attention, paged_attention, rope_write_kv
 
-DTYPE = "bfloat16"
+DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
 L2_BYTES = 200_000_000  # caches of a case exceed this together: three times an H200's L2
 CALLS = 8  # of the op inside one jitted function
 REPEATS = 15
+
+Timer = Callable[[], float]  # the seconds of one call of an op that is compiled already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,7 @@ def main(json_path: str | None) -> list[dict[str, Any]]:
     for op, backend, reasons in backends:
         print(f"{op}: {backend}" + (f" ({reasons})" if reasons else ""))
     rows = [_decode_row(name, lens, ceiling) for name, lens in decode_cases().items()]
+    rows.append(_decode_row("32 × 8k, float8 KV", decode_cases()["32 × 8k"], ceiling, kv_dtype=FLOAT8))
     rows += [_prefill_row(name, spans, ceiling) for name, spans in prefill_cases().items()]
     rows += [_packed_row(name, lens, ceiling) for name, lens in packed_cases().items()]
     rows += [_write_row(tokens, ceiling) for tokens in (64, 8192)]
@@ -127,6 +131,10 @@ def _row(
     }
 
 
+def _timer(function: Any, *arguments: Any) -> Timer:
+    return functools.partial(_seconds, function.lower(*arguments).compile(), *arguments)
+
+
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Median time of one op in a function that calls it CALLS times."""
     jax.block_until_ready(function(*arguments))
@@ -142,7 +150,7 @@ def _random(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.dtype(DTYPE))
 
 
-def _pools(kv_lens: Sequence[int], heads: Heads, page_size: int) -> tuple[list[Any], jax.Array]:
+def _pools(kv_lens: Sequence[int], heads: Heads, page_size: int, dtype: str) -> tuple[list[Any], jax.Array]:
     """Enough KV caches to exceed the L2, and shuffled block tables for one of them."""
     needed = [-(-n // page_size) for n in kv_lens]
     order = np.random.default_rng(0).permutation(np.arange(1, sum(needed) + 1))
@@ -151,35 +159,47 @@ def _pools(kv_lens: Sequence[int], heads: Heads, page_size: int) -> tuple[list[A
         tables[row, :count] = order[used : used + count]
         used += count
     shape = (sum(needed) + 1, heads.kv, page_size, heads.dim)
-    copies = min(CALLS, -(-L2_BYTES // (2 * math.prod(shape) * jnp.dtype(DTYPE).itemsize)))
-    return [(_random(2 * i, *shape), _random(2 * i + 1, *shape)) for i in range(copies)], jnp.asarray(tables)
+    copies = min(CALLS, -(-L2_BYTES // (2 * math.prod(shape) * jnp.dtype(dtype).itemsize)))
+    pools = [tuple(_random(2 * i + j, *shape).astype(dtype) for j in (0, 1)) for i in range(copies)]
+    return pools, jnp.asarray(tables)
 
 
-def _paged_seconds(spans: Sequence[tuple[int, int]], *, decode: bool, heads: Heads = LLAMA_8B, page: int = 64) -> float:
+def paged_timer(
+    spans: Sequence[tuple[int, int]],
+    *,
+    decode: bool,
+    heads: Heads = LLAMA_8B,
+    page: int = 64,
+    kv_dtype: str = DTYPE,
+    op: Callable[..., jax.Array] = paged_attention,
+) -> Timer:
+    """Compiles calls over rows of (queries, KV tokens). op: with the arguments of `paged_attention`."""
     kv_lens = [kv for _, kv in spans]
-    caches, tables = _pools(kv_lens, heads, page)
+    caches, tables = _pools(kv_lens, heads, page, kv_dtype)
     starts = np.cumsum([0, *(n for n, _ in spans)]).astype(np.int32)
 
     @jax.jit
     def run(q: jax.Array, caches: Any, *batch: jax.Array) -> jax.Array:
         for i in range(CALLS):
-            q = paged_attention(q, *caches[i % len(caches)], *batch, scale=heads.dim**-0.5, decode=decode)
+            q = op(q, *caches[i % len(caches)], *batch, scale=heads.dim**-0.5, decode=decode)
         return q
 
     q = _random(99, int(starts[-1]), heads.query, heads.dim)
-    return _seconds(run, q, caches, jnp.asarray(starts), jnp.asarray(kv_lens, jnp.int32), tables)
+    return _timer(run, q, caches, jnp.asarray(starts), jnp.asarray(kv_lens, jnp.int32), tables)
 
 
-def _decode_row(case: str, kv_lens: list[int], ceiling: roofline.Roofline, heads: Heads = LLAMA_8B) -> dict[str, Any]:
-    seconds = _paged_seconds([(1, n) for n in kv_lens], decode=True)
-    nbytes = 2 * sum(kv_lens) * heads.kv * heads.dim * jnp.dtype(DTYPE).itemsize
+def _decode_row(
+    case: str, kv_lens: list[int], ceiling: roofline.Roofline, heads: Heads = LLAMA_8B, kv_dtype: str = DTYPE
+) -> dict[str, Any]:
+    seconds = paged_timer([(1, n) for n in kv_lens], decode=True, heads=heads, kv_dtype=kv_dtype)()
+    nbytes = 2 * sum(kv_lens) * heads.kv * heads.dim * jnp.dtype(kv_dtype).itemsize
     return _row("paged_attention, decode", case, seconds, ceiling, nbytes=nbytes)
 
 
 def _prefill_row(
     case: str, spans: list[tuple[int, int]], ceiling: roofline.Roofline, heads: Heads = LLAMA_8B
 ) -> dict[str, Any]:
-    seconds = _paged_seconds(spans, decode=False)
+    seconds = paged_timer(spans, decode=False, heads=heads)()
     pairs = sum(n * (kv - n) + n * (n + 1) / 2 for n, kv in spans)
     row = _row("paged_attention, mixed", case, seconds, ceiling, flops=4 * heads.query * heads.dim * pairs)
     if len(spans) == 1 and spans[0][0] == spans[0][1]:
@@ -187,17 +207,24 @@ def _prefill_row(
     return row
 
 
-def _packed_row(case: str, lens: list[int], ceiling: roofline.Roofline, heads: Heads = BGE_LARGE) -> dict[str, Any]:
+def packed_timer(
+    lens: Sequence[int], heads: Heads = BGE_LARGE, op: Callable[..., jax.Array] = packed_attention
+) -> Timer:
+    """Compiles calls over sequences of these lengths. op: with the arguments of `packed_attention`."""
     starts = jnp.asarray(np.cumsum([0, *lens]), jnp.int32)
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array) -> jax.Array:
         for _ in range(CALLS):
-            q = packed_attention(q, k, v, starts, scale=heads.dim**-0.5)
+            q = op(q, k, v, starts, scale=heads.dim**-0.5)
         return q
 
     q, k, v = (_random(i, sum(lens), n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv)))
-    seconds = _seconds(run, q, k, v, starts)
+    return _timer(run, q, k, v, starts)
+
+
+def _packed_row(case: str, lens: list[int], ceiling: roofline.Roofline, heads: Heads = BGE_LARGE) -> dict[str, Any]:
+    seconds = packed_timer(lens, heads)()
     flops = 4 * heads.query * heads.dim * sum(n * n for n in lens)
     row = _row("packed_attention", case, seconds, ceiling, flops=flops)
     if len(set(lens)) == 1:

@@ -124,6 +124,15 @@ def embed(
 
 
 @app.command()
+def kernels(json: Json = None) -> None:
+    """Every attention kernel over a grid of shapes, as a share of what this GPU can do, and against cuDNN."""
+    with reported_errors():
+        from pjengine.bench.kernels import main
+
+        main(json)
+
+
+@app.command()
 @with_engine_options
 def startup(model: Model, config: EngineConfig, json: Json = None) -> None:
     """Seconds from the start of a process to the first token: cold, then with the compile cache that it left."""

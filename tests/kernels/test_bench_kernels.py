@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import typer.testing
 
 from pjengine.bench import kernels
-from pjengine.errors import KernelUnavailable
+from pjengine.serving.cli import app
 
 
 def test_a_cpu_only_machine_gets_a_clear_message(tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    with pytest.raises(KernelUnavailable, match="needs an NVIDIA GPU"):
-        kernels.main(str(target))
+    done = typer.testing.CliRunner().invoke(app, ["bench", "kernels", "--json", str(target)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("pjengine: error: bench kernels: needs an NVIDIA GPU")
     assert not target.exists()
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pjengine.bench.kernels import Timer
+from pjengine.bench.tuning import Tunable, tune
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import shape_key, tuned
@@ -41,3 +43,27 @@ def test_a_table_of_another_version_is_refused(tmp_path: Path) -> None:
     write_table(tmp_path, {"splits": 5})
     with pytest.raises(ValueError, match=r"decode: unknown fields \['splits'\]; run scripts/tune_kernels again"):
         tuned("decode", SPEC, H200, Config(), tmp_path)
+
+
+def timed(config: Config) -> Timer:
+    if config.block == 256:
+        raise ValueError("too much shared memory\nat 0x0")
+    return lambda: {(64, 2): 10e-6, (64, 3): 9.9e-6, (128, 2): 8e-6, (128, 3): 7e-6}[config.block, config.stages]
+
+
+def test_tuning_keeps_the_fastest_that_compiles() -> None:
+    said: list[str] = []
+    fields = {"block": (64, 128, 256), "stages": (2, 3)}
+    row = tune(Tunable("decode", SPEC, Config(), fields, timed), said.append)
+    assert row == {
+        "kernel": "decode",
+        "shape": "128x4 page 64 bfloat16 bfloat16",
+        "config": {"block": 128, "stages": 3},
+        "microseconds": 7.0,
+        "heuristic_microseconds": 10.0,
+    }
+    assert sum("refused: too much shared memory" in line for line in said) == 2
+
+
+def test_a_gain_below_the_margin_leaves_the_heuristic() -> None:
+    assert tune(Tunable("decode", SPEC, Config(), {"stages": (2, 3)}, timed), lambda line: None) is None

@@ -1,0 +1,165 @@
+"""Finds block sizes for this GPU's attention kernels: times every candidate, keeps the fastest that is right.
+
+`scripts/tune_kernels` calls it and writes the table that `pjengine.pallas_kernels.tuning` reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pjengine.bench import kernels, report
+from pjengine.bench.kernels import Heads, Timer
+from pjengine.errors import KernelUnavailable
+from pjengine.pallas_kernels.backends import current_target
+from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.tuning import TABLES, shape_key, table_name
+
+HEADS = (Heads(32, 8, 128), Heads(9, 3, 64))
+ENCODER_HEADS = (Heads(16, 16, 64), Heads(12, 12, 32))
+PAGE = 64
+DECODE_LENS = [512] * 64 + [4096] * 16
+PREFILL_SPANS = [(2048, 2048)] * 2 + [(512, 4096)]
+PACKED_LENS = [18] * 400 + [512] * 16
+COMPILATIONS = os.cpu_count() or 1
+MARGIN = 0.98  # a candidate replaces the heuristic where it needs less of its time than this
+
+
+@dataclasses.dataclass(frozen=True)
+class Tunable:
+    """One kernel at one shape.
+
+    Attributes:
+      kernel: its name in the table.
+      heuristic: the config that serves without a table, a dataclass; `fields` maps fields of it to their candidates.
+      prepare: compiles the kernel with a config.
+    """
+
+    kernel: str
+    spec: AttentionSpec
+    heuristic: Any
+    fields: dict[str, tuple[int, ...]]
+    prepare: Callable[[Any], Timer]
+
+    def candidates(self) -> Iterator[Any]:
+        for values in itertools.product(*self.fields.values()):
+            config = dataclasses.replace(self.heuristic, **dict(zip(self.fields, values, strict=True)))
+            if config != self.heuristic:
+                yield config
+
+
+def tune(tunable: Tunable, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The table's row for it; None where no candidate beats the heuristic by the margin.
+
+    A candidate that the compiler refuses (too much shared memory, say) is named and passed over.
+    """
+    configs = [tunable.heuristic, *tunable.candidates()]
+    with ThreadPoolExecutor(COMPILATIONS) as pool:
+        prepared = [pool.submit(tunable.prepare, config) for config in configs]
+    base = best_seconds = prepared[0].result()()
+    best = tunable.heuristic
+    for config, timer in zip(configs[1:], prepared[1:], strict=True):
+        try:
+            seconds = timer.result()()
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            say(f"  {config}: refused: {str(error).splitlines()[0][:100]}")
+            continue
+        say(f"  {config}: {seconds * 1e6:.1f} µs")
+        if seconds < best_seconds:
+            best, best_seconds = config, seconds
+    say(f"{tunable.kernel}, {shape_key(tunable.spec)}: {base * 1e6:.1f} µs, best {best_seconds * 1e6:.1f} with {best}")
+    if best_seconds > MARGIN * base:
+        return None
+    return {
+        "kernel": tunable.kernel,
+        "shape": shape_key(tunable.spec),
+        "config": {name: getattr(best, name) for name in tunable.fields},
+        "microseconds": round(best_seconds * 1e6, 1),
+        "heuristic_microseconds": round(base * 1e6, 1),
+    }
+
+
+def write_table(tunables: Iterable[Tunable], say: Callable[[str], None], folder: Path = TABLES) -> Path:
+    """Tunes them all and writes the device's table.
+
+    Raises:
+      KernelUnavailable: there is no GPU.
+    """
+    device_kind = current_target().device_kind
+    if device_kind is None:
+        raise KernelUnavailable("tune_kernels: needs an NVIDIA GPU")
+    rows = [row for tunable in tunables if (row := tune(tunable, say)) is not None]
+    folder.mkdir(exist_ok=True)
+    path = folder / table_name(device_kind)
+    report.write(str(path), "tune_kernels", {"device": device_kind, "rows": rows})
+    return path
+
+
+def all_tunables() -> list[Tunable]:
+    return [*triton_tunables()]
+
+
+def triton_tunables() -> Iterator[Tunable]:
+    from pjengine.pallas_kernels.packed import triton as packed
+    from pjengine.pallas_kernels.paged import triton as paged
+    from pjengine.pallas_kernels.triton_attention import tile_config
+
+    target = dataclasses.replace(current_target(), device_kind=None)  # no table: the heuristic itself
+    shapes = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)}
+    for heads in HEADS:
+        spec = AttentionSpec(heads.query, heads.kv, heads.dim, page_size=PAGE)
+        decode = dataclasses.replace(spec, decode=True)
+        attend = functools.partial(_paged, paged.paged_attention, "single_tiles")
+        heuristic = tile_config(decode, target, single=True)
+        yield Tunable("triton decode", decode, heuristic, shapes, functools.partial(_decode_timer, attend, decode))
+        attend = functools.partial(_paged, paged.paged_attention, "tiles")
+        heuristic = tile_config(spec, target, single=False)
+        prefill = {"queries": (64, 128), **shapes}
+        yield Tunable("triton prefill", spec, heuristic, prefill, functools.partial(_prefill_timer, attend, spec))
+    for heads in ENCODER_HEADS:
+        spec = AttentionSpec(heads.query, heads.kv, heads.dim, causal=False)
+        heuristic = tile_config(spec, target, single=False)
+        attend = functools.partial(_packed, packed.packed_attention, "tiles")
+        fields = {"queries": (32, 64, 128), **shapes}
+        yield Tunable("triton packed", spec, heuristic, fields, functools.partial(_packed_timer, attend, spec))
+
+
+def _paged(function: Any, name: str, spec: AttentionSpec, config: Any, *arrays: Any, **options: Any) -> Any:
+    return function(*arrays, None, None, None, spec=spec, scale=options["scale"], **{name: config})
+
+
+def _packed(function: Any, name: str, spec: AttentionSpec, config: Any, *arrays: Any, **options: Any) -> Any:
+    return function(*arrays, None, spec=spec, scale=options["scale"], **{name: config})
+
+
+def _heads(spec: AttentionSpec) -> Heads:
+    return Heads(spec.heads, spec.kv_heads, spec.head_dim)
+
+
+def _decode_timer(attend: Any, spec: AttentionSpec, config: Any) -> Timer:
+    spans = [(1, length) for length in DECODE_LENS]
+    op = functools.partial(attend, spec, config)
+    return kernels.paged_timer(spans, decode=True, heads=_heads(spec), page=PAGE, op=op)
+
+
+def _prefill_timer(attend: Any, spec: AttentionSpec, config: Any) -> Timer:
+    op = functools.partial(attend, spec, config)
+    return kernels.paged_timer(PREFILL_SPANS, decode=False, heads=_heads(spec), page=PAGE, op=op)
+
+
+def _packed_timer(attend: Any, spec: AttentionSpec, config: Any) -> Timer:
+    return kernels.packed_timer(PACKED_LENS, _heads(spec), op=functools.partial(attend, spec, config))
+
+
+if __name__ == "__main__":
+    chosen = [t for t in all_tunables() if not sys.argv[1:] or t.kernel in sys.argv[1:]]
+    print(write_table(chosen, functools.partial(print, flush=True)))
