@@ -53,7 +53,7 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
 def geglu(gate_up: jax.Array) -> jax.Array:
     """gelu(gate) * up (arXiv:2002.05202), by erf, of gate and up side by side: [T, 2 * mlp] to [T, mlp]."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.gelu(gate, approximate=False) * up).astype(gate_up.dtype)
+    return (gelu(gate) * up).astype(gate_up.dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:

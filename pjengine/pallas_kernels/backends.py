@@ -59,14 +59,12 @@ class Backend:
       refusal: (spec, target) -> why this backend cannot serve such a call there, or None if it can.
       module: holds the implementation; imported at its first use only, since GPU libraries are slow to import.
       function: its name in that module.
-      passed_over: why "auto" does not take it although it could serve; None: it does.
     """
 
     name: str
     refusal: Callable[[Any, Target], str | None]
     module: str
     function: str
-    passed_over: str | None = None
 
     def load(self) -> Callable[..., Any]:
         return getattr(importlib.import_module(self.module), self.function)
@@ -108,8 +106,6 @@ def choose(
         if requested == "auto" and name != "reference" and target.compute_capability is None:
             continue
         reason = "not implemented for this op" if backend is None else backend.refusal(spec, target)
-        if requested == "auto" and backend is not None:
-            reason = reason or backend.passed_over
         if backend is not None and reason is None:
             return backend, refusals
         refusals.append((name, reason or ""))

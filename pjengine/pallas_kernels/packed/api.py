@@ -12,13 +12,7 @@ from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
 
 BACKENDS = (
-    Backend(
-        "mosaic",
-        mosaic_refusal,
-        "pjengine.pallas_kernels.packed.mosaic",
-        "packed_attention",
-        passed_over="its results are not yet checked on a GPU; --attention-backend mosaic asks for it",
-    ),
+    Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.packed.mosaic", "packed_attention"),
     Backend("triton", triton_refusal, "pjengine.pallas_kernels.packed.triton", "packed_attention"),
     Backend("reference", accept, "pjengine.pallas_kernels.packed.reference", "packed_attention"),
 )
