@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pjengine.sampling_params import MAX_LOGPROBS
-from pjengine.token_draw import Rows, first, to_blocks
+from pjengine.token_draw import Rows, first
 
 
 @struct.dataclass
@@ -22,15 +22,9 @@ class Logprobs:
 
 def compute_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     """Log-probabilities of `tokens` int32 [N] and of the MAX_LOGPROBS likeliest under float32 logits [N, vocab]."""
-    vocab = logits.shape[1]
-
-    def at(ids: jax.Array) -> jax.Array:
-        values = jnp.take_along_axis(logits, jnp.minimum(ids, vocab - 1), axis=1)
-        return jnp.where(ids < vocab, values, -jnp.inf)
-
-    rows = Rows(to_blocks(logits, -jnp.inf), at)
-    top_ids, top = first(jnp.max(rows.blocks, axis=2), rows, min(MAX_LOGPROBS, vocab))
-    chosen = at(tokens[:, None])
+    rows = Rows.of(logits)
+    top_ids, top = first(jnp.max(rows.blocks, axis=2), rows, min(MAX_LOGPROBS, logits.shape[1]))
+    chosen = rows.at(tokens[:, None])
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
     return Logprobs((chosen - norm)[:, 0], rank, top_ids, top - norm)

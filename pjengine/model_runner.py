@@ -256,7 +256,7 @@ def prompt_logprobs_function(module: ModuleType, config: Any) -> Any:
 def _sample_step(
     logits: jax.Array, state: SamplerState, packed: jax.Array, key: SamplerKey
 ) -> tuple[jax.Array, SamplerState]:
-    return sample(logits, state, unpack_sampler(packed, sampler_layout(key)), key.variant)
+    return sample(logits, state, unpack_sampler(packed, sampler_layout(key)), key.variant, key.penalties)
 
 
 def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:

@@ -103,32 +103,35 @@ def set_slot(
 
 
 def sample(
-    logits: jax.Array, state: SamplerState, inputs: SamplingInputs, variant: Variant
+    logits: jax.Array, state: SamplerState, inputs: SamplingInputs, variant: Variant, penalties: bool
 ) -> tuple[jax.Array, SamplerState]:
     """One token per row, int32 [R].
 
     Args:
       logits: float32 [R, vocab].
       variant: GREEDY ignores every parameter; the caller picks a variant that covers all rows.
+      penalties: whether rows may have some; tokens are counted only if so.
     """
     if variant is Variant.GREEDY:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        tokens = choose(adjust(logits, state, inputs), inputs, variant)
+        tokens = choose(adjust(logits, state, inputs, penalties), inputs, variant)
     tail = state.tail[inputs.slots]
     tail = state.tail.at[inputs.slots].set(jnp.concatenate([tail[:, 1:], tokens[:, None]], axis=1))
     counts = state.counts
-    if variant is not Variant.GREEDY:
+    if penalties:
         count = counts[inputs.slots, tokens]
         full = count % PROMPT_BIT == PROMPT_BIT - 1
         counts = counts.at[inputs.slots, tokens].set(jnp.where(full, count, count + 1))
     return tokens, SamplerState(tail, counts)
 
 
-def adjust(logits: jax.Array, state: SamplerState, inputs: SamplingInputs) -> Rows:
+def adjust(logits: jax.Array, state: SamplerState, inputs: SamplingInputs, penalties: bool) -> Rows:
     """Biases, allowed tokens, forbidden words, then penalties. float32."""
-    vocab = logits.shape[1]
     logits = _adjust_listed(logits, state, inputs)
+    if not penalties:
+        return Rows.of(logits)
+    vocab = logits.shape[1]
     penalised = (inputs.presence != 0) | (inputs.frequency != 0) | (inputs.repetition != 1)
     # Rows without penalties all read the last slot's counts, which stay in the device's cache.
     slots = jnp.where(penalised, inputs.slots, state.counts.shape[0] - 1)
@@ -138,7 +141,7 @@ def adjust(logits: jax.Array, state: SamplerState, inputs: SamplingInputs) -> Ro
         values = penalise(jnp.take_along_axis(logits, known, axis=1), state.counts[slots[:, None], known], inputs)
         return jnp.where(ids < vocab, values, -jnp.inf)
 
-    return Rows(to_blocks(penalise(logits, state.counts[slots], inputs), -jnp.inf), at)
+    return Rows(to_blocks(penalise(logits, state.counts[slots], inputs)), at)
 
 
 def penalise(logits: jax.Array, counts: jax.Array, inputs: SamplingInputs) -> jax.Array:

@@ -84,7 +84,7 @@ class Samplers:
 
 def able(rows: int) -> SamplerKey:
     """The sampler that stands in for others: all a request can ask for, up to 256 adjusted tokens and 16 words."""
-    return SamplerKey(rows, max(Variant), biases=256, bad_words=16)
+    return SamplerKey(rows, max(Variant), penalties=True, biases=256, bad_words=16)
 
 
 def _lower_logprobs(rows: int, vocab_size: int) -> Any:

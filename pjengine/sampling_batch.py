@@ -30,6 +30,7 @@ class SamplerKey:
 
     rows: int
     variant: Variant
+    penalties: bool = False
     biases: int = 0
     bad_words: int = 0
 
@@ -38,6 +39,7 @@ class SamplerKey:
         return (
             self.rows == other.rows
             and self.variant >= other.variant
+            and self.penalties >= other.penalties
             and self.biases >= other.biases
             and self.bad_words >= other.bad_words
         )
@@ -76,6 +78,7 @@ class SamplingTable:
         self._numbers = {name: np.full(slots + 1, idle, dtype) for name, (_, dtype, idle) in _NUMBERS.items()}
         self._seeds = np.zeros((slots + 1, 2), np.uint32)
         self._variants = np.zeros(slots + 1, np.int8)
+        self._penalties = np.zeros(slots + 1, np.bool_)
         self._logprobs = np.zeros(slots + 1, np.bool_)
         self._listing = np.zeros(slots + 1, np.bool_)  # has biases or forbidden words, or may have
 
@@ -88,6 +91,7 @@ class SamplingTable:
             params.logit_bias or params.allowed_token_ids is not None or params.min_tokens or params.bad_words_token_ids
         )
         self._listing[slot] = listing
+        self._penalties[slot] = _has_penalties(seq)
         self._logprobs[slot] = params.logprobs is not None
         if params.greedy:
             self._numbers["temperature"][slot] = 0.0
@@ -103,7 +107,8 @@ class SamplingTable:
             biases = max(biases, len(adjustments(batch.row(r), self._eos)[0]))
             words = max(words, len(batch.row(r).seq.params.bad_words_token_ids))
         variant = Variant(int(self._variants[slots].max()))
-        return SamplerKey(bucket_rows, variant, _round_up(biases, 64), _round_up(words, 16))
+        penalties = bool(self._penalties[slots].any())
+        return SamplerKey(bucket_rows, variant, penalties, _round_up(biases, 64), _round_up(words, 16))
 
     def wants_logprobs(self, batch: Batch) -> bool:
         return bool(self._logprobs[self._slots(batch)].any())
@@ -154,8 +159,12 @@ def adjustments(row: Row, eos: frozenset[int]) -> tuple[list[int], list[float]]:
 
 def needs_state(seq: Sequence) -> bool:
     """Whether sampling looks at tokens the sequence had before it got its slot."""
+    return _has_penalties(seq) or bool(seq.params.bad_words_token_ids)
+
+
+def _has_penalties(seq: Sequence) -> bool:
     p = seq.params
-    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 or p.bad_words_token_ids)
+    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
 
 
 def wants_prompt_logprobs(row: Row) -> bool:

@@ -37,6 +37,17 @@ class Rows:
     blocks: jax.Array
     at: Callable[[jax.Array], jax.Array]
 
+    @classmethod
+    def of(cls, logits: jax.Array) -> Rows:
+        """logits: float32 [R, vocab]; -inf for ids beyond."""
+        vocab = logits.shape[1]
+
+        def at(ids: jax.Array) -> jax.Array:
+            values = jnp.take_along_axis(logits, jnp.minimum(ids, vocab - 1), axis=1)
+            return jnp.where(ids < vocab, values, -jnp.inf)
+
+        return cls(to_blocks(logits), at)
+
     def map(self, function: Callable[[jax.Array], jax.Array]) -> Rows:
         """function: elementwise, on [R, ...]."""
         return Rows(function(self.blocks), lambda ids: function(self.at(ids)))
@@ -54,10 +65,10 @@ class Cut(NamedTuple):
     last: jax.Array
 
 
-def to_blocks(values: jax.Array, fill: float) -> jax.Array:
-    """[R, vocab] -> [R, blocks, BLOCK]."""
+def to_blocks(values: jax.Array) -> jax.Array:
+    """float32 [R, vocab] -> [R, blocks, BLOCK], -inf after the last token."""
     padding = -values.shape[1] % BLOCK
-    return jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill).reshape(values.shape[0], -1, BLOCK)
+    return jnp.pad(values, ((0, 0), (0, padding)), constant_values=-jnp.inf).reshape(values.shape[0], -1, BLOCK)
 
 
 def rowwise(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ def inputs(rows: int, biases: int = 0, words: int = 0, **fields: object) -> Samp
 @functools.cache
 def compiled_adjust() -> Any:
     def both(logits: jax.Array, state: SamplerState, asked: SamplingInputs) -> tuple[jax.Array, jax.Array]:
-        rows = adjust(logits, state, asked)
+        rows = adjust(logits, state, asked, penalties=True)
         whole = rows.blocks.reshape(len(logits), -1)
         return whole, rows.at(jnp.broadcast_to(jnp.arange(whole.shape[1]), whole.shape))
 
@@ -64,16 +64,18 @@ def compiled_adjust() -> Any:
 
 
 @functools.cache
-def compiled(variant: Variant) -> Any:
-    return jax.jit(functools.partial(sample, variant=variant))
+def compiled(variant: Variant, penalties: bool = False) -> Any:
+    return jax.jit(functools.partial(sample, variant=variant, penalties=penalties))
 
 
-def tokens_of(logits: np.ndarray, asked: SamplingInputs, variant: Variant) -> np.ndarray:
+def tokens_of(logits: np.ndarray, asked: SamplingInputs, variant: Variant, penalties: bool = False) -> np.ndarray:
     """Pads to ROWS rows, so that few shapes are compiled."""
     rows = len(logits)
     repeat = jnp.asarray(np.resize(np.arange(rows), max(rows, ROWS)))
     asked = jax.tree.map(lambda x: x[repeat], asked)
-    tokens, _ = compiled(variant)(logits[np.asarray(repeat)], init_state(len(repeat), logits.shape[1]), asked)
+    tokens, _ = compiled(variant, penalties)(
+        logits[np.asarray(repeat)], init_state(len(repeat), logits.shape[1]), asked
+    )
     return np.asarray(tokens)[:rows]
 
 
@@ -145,6 +147,8 @@ def test_every_variant_draws_the_token_that_sorting_in_exact_arithmetic_draws(se
         covered = needed <= variant
         found = tokens_of(logits, asked, variant)
         assert found[covered].tolist() == np.array(expected)[covered].tolist(), variant.name
+    with_penalties = tokens_of(logits, asked, Variant.TOP_K_TOP_P, penalties=True)  # which are none in every row
+    assert with_penalties.tolist() == expected
 
 
 def test_weights_are_the_softmax() -> None:
@@ -246,7 +250,7 @@ def test_sampled_tokens_are_counted_and_remembered() -> None:
     logits = jnp.full((1, VOCAB), -5.0).at[0, 42].set(5.0)
     asked = inputs(1, slots=np.array([1]), temperature=np.zeros(1, np.float32))
     for _ in range(2):
-        _, state = compiled(Variant.PLAIN)(logits, state, asked)
+        _, state = compiled(Variant.PLAIN, penalties=True)(logits, state, asked)
     assert state.counts[1, 42] == 2
     assert state.counts[1, 9] == PROMPT_BIT
     assert state.counts[1, 7] == 1

@@ -78,7 +78,7 @@ def test_what_every_engine_needs_is_ready_at_once(compiler: Compiler) -> None:
 
 
 def test_a_stand_in_can_do_all_that_is_asked(compiler: Compiler) -> None:
-    small, large = SamplerKey(8, Variant.PLAIN, 64), SamplerKey(8, Variant.PLAIN, 1024)
+    small, large = SamplerKey(8, Variant.PLAIN, biases=64), SamplerKey(8, Variant.PLAIN, biases=1024)
     assert compiler.got(small).covers(small)
     compiler.go.set()  # nothing stands in for 1024 adjusted tokens: this one is waited for
     assert compiler.got(large) == large
