@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -26,31 +25,11 @@ from pjengine.sampler import (
     set_slot,
     variant_of,
 )
+from tests.core.exact_sampling import HEAVIEST, drawn, inputs, kept
 
 VOCAB = 600  # not a multiple of the sampler's blocks
 SLOTS = 4
 ROWS = 32
-HEAVIEST = 2**24 - 1
-
-
-def inputs(rows: int, biases: int = 0, words: int = 0, **fields: object) -> SamplingInputs:
-    base: dict[str, object] = {
-        "slots": np.arange(rows),
-        "positions": np.full(rows, 5),
-        "seeds": np.stack([np.arange(rows), np.full(rows, 7)], 1).astype(np.uint32),
-        "temperature": np.ones(rows, np.float32),
-        "top_p": np.ones(rows, np.float32),
-        "top_k": np.zeros(rows, np.int32),
-        "min_p": np.zeros(rows, np.float32),
-        "presence": np.zeros(rows, np.float32),
-        "frequency": np.zeros(rows, np.float32),
-        "repetition": np.ones(rows, np.float32),
-        "allow_only": np.zeros(rows, np.int32),
-        "bias_ids": np.full((rows, biases), -1, np.int32),
-        "bias": np.zeros((rows, biases), np.float32),
-        "bad_words": np.full((rows, words, TAIL), -1, np.int32),
-    }
-    return SamplingInputs(**{name: jnp.asarray(value) for name, value in (base | fields).items()})
 
 
 @functools.cache
@@ -88,25 +67,6 @@ def draws(logits: np.ndarray, count: int, variant: Variant, **fields: float) -> 
     return tokens_of(np.tile(logits, (count, 1)), inputs(count, seeds=seeds, **rows), variant)
 
 
-def kept_by_numpy(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Ids that stay after top-k, then top-p of what is left, then min-p; exact for integer weights, by sorting."""
-    kept = np.lexsort((np.arange(len(weights)), -weights))
-    kept = kept[weights[kept] > 0]
-    if top_k > 0:
-        kept = kept[:top_k]
-    if top_p < 1:
-        sums = np.cumsum(weights[kept])
-        kept = kept[: np.searchsorted(sums, math.ceil(Fraction(top_p) * int(sums[-1]))) + 1]
-    return np.sort(kept[weights[kept] >= math.ceil(np.float32(min_p) * np.float32(HEAVIEST))])
-
-
-def drawn_by_numpy(weights: np.ndarray, kept: np.ndarray, seed: np.ndarray, position: int) -> int:
-    """The token at a random place of the cumulative distribution, in the order of the ids."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(seed)), position)
-    sums = np.cumsum(weights[kept])
-    return int(kept[np.searchsorted(sums, int(jax.random.bits(key)) * int(sums[-1]) >> 32, side="right")])
-
-
 def weights_by_numpy(logits: np.ndarray, temperature: np.ndarray) -> np.ndarray:
     scaled = (logits - logits.max(1, keepdims=True)) * (np.float32(1) / temperature)[:, None]
     return np.round(np.asarray(jax.jit(jnp.exp)(scaled)) * np.float32(HEAVIEST)).astype(np.int64)
@@ -139,7 +99,7 @@ def test_every_variant_draws_the_token_that_sorting_in_exact_arithmetic_draws(se
     with np.errstate(invalid="ignore"):
         weights = weights_by_numpy(logits, temperature)
     expected = [
-        drawn_by_numpy(w, kept_by_numpy(w, int(k), float(p), float(m)), s, 5)
+        drawn(w, kept(w, int(k), float(p), float(m)), s, 5)
         for w, k, p, m, s in zip(weights, top_k, top_p, min_p, seeds, strict=True)
     ]
     needed = np.array([variant_of(int(k), float(p)) for k, p in zip(top_k, top_p, strict=True)])
