@@ -38,12 +38,18 @@ class Runner(Protocol):
     Attributes:
       budget: tokens of a batch at which the device is saturated.
       max_rows: most sequences of a batch.
+      max_tokens: of the longest sequence, or of the largest batch that fits at all.
       knee: the budget as it was measured; None: it was given.
     """
 
     budget: int
     max_rows: int
+    max_tokens: int
     knee: CurvePoint | None
+
+    def measure(self) -> list[CurvePoint]:
+        """Seconds of full batches of each compiled size."""
+        ...
 
     def dispatch(self, requests: list[Request]) -> Batch:
         """Starts a batch of at most `max_rows` requests of `budget` tokens in all, or a single longer one."""

@@ -113,9 +113,10 @@ class EmbeddingRunner:
             progress,
         )
         self.max_rows = max(b.rows for b in buckets)
+        self.max_tokens = max(b.tokens for b in buckets)
         self.knee: CurvePoint | None = None
         if budget is None:
-            curve = self._measure()
+            curve = self.measure()
             self.knee = knee(curve)
             budget = self.knee.tokens
             logger.info("latency by tokens of a batch: %s", describe(curve))
@@ -144,7 +145,7 @@ class EmbeddingRunner:
         results.copy_to_host_async()
         return RunningBatch(results, len(lengths), bucket.tokens)
 
-    def _measure(self) -> list[CurvePoint]:
+    def measure(self) -> list[CurvePoint]:
         """Seconds of full batches of each size, several one behind the other, as under load."""
         curve = []
         for bucket in sorted({b.tokens: b for b in sorted(self._executables)}.values()):  # of a size, the most rows

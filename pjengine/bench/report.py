@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a table; a single row as a list, which fits any terminal."""
+    """Prints rows of equal keys as a table; a single row as a list, which fits any terminal. Lists are left out."""
+    rows = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
     names = [name.replace("_", " ") for name in rows[0]]
     table = Table(title=title, show_header=len(rows) > 1)
     if len(rows) == 1:

@@ -110,15 +110,29 @@ def embed(
     workload: Annotated[
         str, typer.Option(help="queries, docs, or a file of JSON lines (docs/benchmarks.md).")
     ] = "queries",
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="OUT.png", help="Compare ways of batching under load, and draw them (extra `bench`)."),
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Embeddings of a whole workload offline, and the latency of a single one."""
+    """Embeddings of a whole workload offline, the latency of a single one, and the latency under load."""
+    if plot is not None:
+        with reported_errors():
+            from pjengine.bench.plots import require_matplotlib
+
+            require_matplotlib(plot)  # before the time is spent
 
     def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
         from pjengine.bench.embedding import embed
+        from pjengine.bench.embedding_load import batching
         from pjengine.bench.workloads import read
 
-        return [embed(engine, read(workload, engine.info.vocab_size))]
+        work = read(workload, engine.info.vocab_size)
+        row = embed(engine, work)
+        if plot is not None:
+            row |= batching(engine, work, plot, f"{config.model}, {workload}, {engine.info.device}")
+        return [row]
 
     _measure("embed", config, rows, json)
 

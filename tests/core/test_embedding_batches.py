@@ -25,11 +25,14 @@ HOST = 1e-6  # seconds that pass between two looks at the clock
 class Device:
     """A runner whose batches take simulated time; an embedding is the text's first token and its length."""
 
-    budget, max_rows, knee = BUDGET, MAX_ROWS, CurvePoint(40, FLAT)
+    budget, max_rows, max_tokens, knee = BUDGET, MAX_ROWS, WINDOW, CurvePoint(40, FLAT)
 
     def __init__(self) -> None:
         self.time = 0.0
         self.batches: list[Running] = []
+
+    def measure(self) -> list[CurvePoint]:
+        return [CurvePoint(tokens, max(FLAT, PER_TOKEN * tokens)) for tokens in (10, 40, 100)]
 
     def clock(self) -> float:
         self.time += HOST
