@@ -25,26 +25,28 @@ from pjengine.token_budget import CurvePoint, describe, knee
 
 logger = logging.getLogger(__name__)
 
-_LONG_FROM = 512  # tokens: buckets from here on also come with few rows, for batches of long texts
-_LONG = 64  # tokens of a text, on average, in those; in the others _SHORT
-_SHORT = 8
-_LINEAR_FROM = 1024  # tokens: from here on latency grows with them
+# Tokens of the compiled shapes. On a GPU few tokens cost what one costs, so padding is free; from some thousand on each
+# has its price. On a CPU every padding token has, but compiling costs more.
+_GPU_SIZES = (16, 64, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
+_CPU_SIZES = (32, 128, 512)
+_SHORT = 8  # tokens of a text, on average, for which a shape has rows
+_LONG = 64  # the same, in shapes for long texts: those with _LONG_FROM tokens, if texts may be as long
+_LONG_FROM = 2048
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
 _TIMED = 4  # batches one behind the other whose time is measured
 
 
-def embedding_buckets(largest: int, max_rows: int, *, gpu: bool) -> list[Bucket]:
-    """Compiled shapes up to `largest` tokens.
+def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) -> list[Bucket]:
+    """Compiled shapes up to `largest` tokens, of up to `max_rows` texts of up to `window` tokens.
 
-    On a GPU batches of few tokens cost what one token costs, and then in proportion: powers of two where latency is
-    flat, half steps from there on. Where a batch holds long texts, fewer rows let the attention kernel for long
-    sequences serve it. On a CPU compiling costs more than padding.
+    Shapes with few rows have the attention kernel for long sequences; where no text is long the other one serves best.
     """
-    powers = [1 << k for k in range(4 if gpu else 5, largest.bit_length(), 1 if gpu else 2)]
-    halves = [3 * size // 2 for size in powers if gpu and size >= _LINEAR_FROM]
-    sizes = [*(size for size in powers + halves if size < largest), largest]
+    sizes = [size for size in (_GPU_SIZES if gpu else _CPU_SIZES) if size < largest]
+    while sizes and 2 * sizes[-1] < largest:
+        sizes.append(2 * sizes[-1])
+    sizes.append(largest)
     buckets = [Bucket(size, min(max_rows, max(8, size // _SHORT)), False) for size in sizes]
-    if gpu:
+    if gpu and window >= _LONG_FROM:
         buckets += [Bucket(size, min(max_rows, size // _LONG), False) for size in sizes if size >= _LONG_FROM]
     return sorted(set(buckets))
 

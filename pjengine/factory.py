@@ -143,7 +143,7 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
         head,
         token_types=token_types > 1,
         budget=config.max_num_batched_tokens,
-        buckets=embedding_buckets(largest, config.max_num_seqs or max(8, largest // 8), gpu=gpu),
+        buckets=embedding_buckets(largest, config.max_num_seqs or max(8, largest // 8), window, gpu=gpu),
         backend=config.attention_backend,
         store=open_store(config.compile_cache, (model.config, head, config.attention_backend, model.dtype.name)),
         progress=progress,

@@ -46,4 +46,4 @@ def limits_of(config: EngineConfig, model_limit: int, *, gpu: bool) -> Limits:
 
 def embedding_tokens(config: EngineConfig, window: int, *, gpu: bool) -> int:
     """Tokens of an embedding engine's largest batch: the longest text fits in any case."""
-    return max(config.max_num_batched_tokens or (16384 if gpu else 512), window)
+    return max(config.max_num_batched_tokens or (8192 if gpu else 512), window)
