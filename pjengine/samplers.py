@@ -1,9 +1,10 @@
-"""The sampler's executables: one that can do everything is compiled ahead of time, faster ones when first needed."""
+"""The sampler's executables: one that can do everything is compiled ahead of time, faster ones when often needed."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,7 @@ from pjengine.sampling_batch import SamplerKey
 logger = logging.getLogger(__name__)
 
 _WHAT = "samplers"
+_OFTEN = 50  # steps, after which compiling is worth its while: not for a short text, nor for a size passed through once
 
 
 class Samplers:
@@ -41,6 +43,7 @@ class Samplers:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._coming: dict[SamplerKey, Future[Any]] = {}
+        self._asked: Counter[SamplerKey] = Counter()
         keys = [key for r in sorted(rows) for key in (SamplerKey(r, Variant.GREEDY), able(r))]
         lowerings: dict[SamplerKey | int, Callable[[], Any]] = {k: functools.partial(lower, k) for k in keys}
         lowerings |= {r: functools.partial(_lower_logprobs, r, vocab_size) for r in rows}
@@ -53,26 +56,34 @@ class Samplers:
         return self._logprobs[rows]
 
     def get(self, key: SamplerKey) -> tuple[SamplerKey, Any]:
-        """A sampler for the key, or while it is being compiled one for a larger key, which gives the same tokens.
+        """A sampler for the key, or until it is compiled one for a larger key, which gives the same tokens.
 
-        Only a key beyond `able` is waited for.
+        Compiling starts when a key has been asked for often; only one beyond `able` is waited for.
         """
         if key not in self._ready:
-            coming = self._coming.get(key)
-            if coming is None:
-                logger.info("compiling a sampler for %s", key)
-                coming = self._coming[key] = self._pool.submit(self._make, key)
-            larger = [k for k in self._ready if k.covers(key)]
-            if larger and not coming.done():
-                key = min(larger)
-            else:
-                self._ready[key] = self._coming.pop(key).result()
+            self._asked[key] += 1
+            larger = min((k for k in self._ready if k.covers(key)), default=None)
+            if larger is None or self._asked[key] >= _OFTEN:
+                self._start(key)
+            if larger is not None and (key not in self._coming or not self._coming[key].done()):
+                return larger, self._ready[larger]
+            self._finish(key)
         return key, self._ready[key]
 
     def settle(self) -> None:
-        """Waits for what is being compiled: benchmarks time the samplers that will serve."""
+        """Compiles what has been asked for and waits: benchmarks time the samplers that will serve."""
+        for key in self._asked:
+            self._start(key)
         for key in list(self._coming):
-            self._ready[key] = self._coming.pop(key).result()
+            self._finish(key)
+
+    def _start(self, key: SamplerKey) -> None:
+        if key not in self._ready and key not in self._coming:
+            logger.info("compiling a sampler for %s", key)
+            self._coming[key] = self._pool.submit(self._make, key)
+
+    def _finish(self, key: SamplerKey) -> None:
+        self._ready[key] = self._coming.pop(key).result()
 
     def _make(self, key: SamplerKey) -> Any:
         compiled = self._store.load(_WHAT, key)
