@@ -15,6 +15,8 @@ from pjengine.errors import EngineOverloaded, PJEngineError
 from pjengine.interrupts import deferred_interrupts
 from pjengine.request import Output, Request
 
+_FEED = 512  # requests added between two steps
+
 
 def run_requests(
     engine: Engine | EmbeddingEngine, requests: Sequence[Request], receive: Callable[[int, Output], bool]
@@ -68,9 +70,11 @@ def run_pooled(
 
 
 def _feed(engine: Engine | EmbeddingEngine, requests: Sequence[Request], index: dict[str, int]) -> None:
-    """Adds requests until the engine's queue is full; enters them in `index`."""
-    while len(index) < len(requests):
-        request = requests[len(index)]
+    """Adds some requests, fewer where the engine's queue is full; enters them in `index`.
+
+    Not all at once: the device would wait for the last to be added.
+    """
+    for request in requests[len(index) : len(index) + _FEED]:
         try:
             engine.add(request)
         except EngineOverloaded:
