@@ -55,6 +55,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
+    MPNetConfig,
     NomicBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -135,6 +136,7 @@ RANDOM_EMBEDDERS: dict[str, PreTrainedConfig] = {
     "xlm-roberta": XLMRobertaConfig(**{**ROBERTA, "num_attention_heads": 8}),
     "distilbert": DistilBertConfig(**DISTILBERT),
     "modernbert": ModernBertConfig(**SHAPE, **MODERNBERT),
+    "mpnet": MPNetConfig(**{**SHAPE, "max_position_embeddings": 258}),
     "nomic_bert": NomicBertConfig(**SHAPE),
     "gte": GteConfig(**SHAPE, type_vocab_size=2),
     "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA3),
@@ -146,6 +148,7 @@ RANDOM_CLASSIFIERS: dict[str, PreTrainedConfig] = {
     "bert-classifier": BertConfig(**HEADED, num_labels=1),
     "roberta-classifier": RobertaConfig(**{**ROBERTA, **HEADED}, num_labels=3),
     "xlm-roberta-classifier": XLMRobertaConfig(**{**ROBERTA, **HEADED}, num_labels=1),
+    "mpnet-classifier": MPNetConfig(**{**HEADED, "max_position_embeddings": 258}, num_labels=1),
     "distilbert-classifier": DistilBertConfig(**{**DISTILBERT, "vocab_size": 128, "n_layers": 2}, num_labels=2),
     "modernbert-classifier": ModernBertConfig(
         **HEADED, **MODERNBERT, num_labels=1, classifier_pooling="mean", classifier_bias=True
@@ -226,12 +229,14 @@ def write_random_model(
     model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
     if rope_frequencies is not None:
         model.rotary_emb.inv_freq = rope_frequencies
-    first = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # it gives padding no position
-    tokens = [torch.randint(first, config.vocab_size, (length,)) for length in LENGTHS]
+    # These give padding no position.
+    first = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "mpnet" else 0
+    lengths = (*LENGTHS[:-1], 140) if config.model_type == "mpnet" else LENGTHS  # its positions differ up to 91 apart
+    tokens = [torch.randint(first, config.vocab_size, (length,)) for length in lengths]
     golden = {"tokens": torch.cat(tokens).int(), "starts": borders(tokens)}
     segments: list[dict[str, torch.Tensor]] = [{} for _ in tokens]
     if getattr(config, "type_vocab_size", 0) == 2:
-        types = [torch.arange(length) * 2 // length for length in LENGTHS]
+        types = [torch.arange(length) * 2 // length for length in lengths]
         golden["token_types"] = torch.cat(types).int()
         segments = [{"token_type_ids": s[None]} for s in types]
     outputs = [model(t[None], **s) for t, s in zip(tokens, segments, strict=True)]
@@ -318,7 +323,8 @@ def write_reranker(folder: Path) -> None:
         module_output_name="causal_logits",
     )
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
-    _write_scores(CrossEncoder(modules=[transformer, LogitScore(yes, no)], num_labels=1), folder)
+    modules = [transformer, LogitScore(yes, no)]
+    _write_scores(CrossEncoder(modules=modules, num_labels=1, activation_fn=torch.nn.Identity()), folder)
 
 
 def _write_scores(model: CrossEncoder, folder: Path) -> None:

@@ -49,6 +49,7 @@ class DecoderConfig:
     def read(cls, hf: HFConfig, *, windows: tuple[int | None, ...] | None = None, **options: bool) -> Self:
         """What all decoders spell alike in config.json; a model adds its windows and options."""
         allow(hf, "hidden_act", "silu")
+        allow(hf, "is_causal", True)  # a decoder made an encoder, such as gte-Qwen2
         allow(hf, "quantization_config", None)
         num_layers, size = int(required(hf, "num_hidden_layers")), head_dim(hf)
         num_heads = int(required(hf, "num_attention_heads"))

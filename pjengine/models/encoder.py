@@ -11,6 +11,7 @@ import jax
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import gelu, layer_norm, linear
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
+from pjengine.models.relative_positions import relative_buckets
 from pjengine.pallas_kernels import packed_attention_qkv
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
@@ -23,6 +24,7 @@ class EncoderConfig:
       max_position_embeddings: longest sequence, tokens.
       position_offset: rows of the position table before that of a sequence's first token.
       type_vocab_size: rows of the token type (segment) table; 0: there is none.
+      relative_buckets: rows of the table of biases by relative position; 0: there is none.
     """
 
     vocab_size: int
@@ -34,6 +36,7 @@ class EncoderConfig:
     type_vocab_size: int
     layer_norm_eps: float
     position_offset: int = 0
+    relative_buckets: int = 0
 
     @classmethod
     def read(cls, hf: HFConfig, *, position_offset: int = 0) -> Self:
@@ -122,18 +125,26 @@ def forward(
     if config.type_vocab_size:
         x += params["type_embed"][0] if inputs.token_types is None else params["type_embed"][inputs.token_types]
     x = _norm(x, params, "embed_norm", config)
+    bias = params["relative_bias"][relative_buckets(config.relative_buckets)].T if config.relative_buckets else None
     for layer in params["layers"]:
-        x = _layer(layer, x, inputs, config)
+        x = _layer(layer, x, bias, inputs, config)
     return x, cache
 
 
 # Compiled as part of its caller; the jit makes one trace serve all layers.
 @functools.partial(jax.jit, static_argnames="config")
-def _layer(layer: dict[str, jax.Array], x: jax.Array, inputs: StepInputs, config: EncoderConfig) -> jax.Array:
+def _layer(
+    layer: dict[str, jax.Array], x: jax.Array, bias: jax.Array | None, inputs: StepInputs, config: EncoderConfig
+) -> jax.Array:
     heads = config.num_heads
     qkv = linear(x, layer["qkv"], layer["qkv_bias"]).reshape(x.shape[0], 3 * heads, -1)
     attended = packed_attention_qkv(
-        qkv, inputs.query_starts, kv_heads=heads, scale=qkv.shape[-1] ** -0.5, backend=inputs.backend
+        qkv,
+        inputs.query_starts,
+        kv_heads=heads,
+        scale=qkv.shape[-1] ** -0.5,
+        relative_bias=bias,
+        backend=inputs.backend,
     )
     x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer["o_bias"]), layer, "attn_norm", config)
     up = gelu(linear(x, layer["up"], layer["up_bias"]))

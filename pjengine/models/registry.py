@@ -15,6 +15,7 @@ MODEL_TYPES = (
     "llama",
     "mistral",
     "modernbert",
+    "mpnet",
     "new",
     "nomic_bert",
     "qwen2",

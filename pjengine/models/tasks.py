@@ -6,6 +6,8 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
+import tokenizers
+
 from pjengine.errors import ModelError
 from pjengine.models.heads import Dense, Head
 from pjengine.models.sentence_files import Pooling
@@ -77,15 +79,21 @@ def _class_head(source: Source, module: ModuleType) -> Head:
     return dataclasses.replace(head, activation=source.sentence.activation or head.activation)
 
 
+def _vocabulary(source: Source) -> tokenizers.Tokenizer:
+    if source.gguf is not None:
+        from pjengine.models.gguf_tokenizer import tokenizer_of
+
+        return tokenizer_of(source.gguf)
+    file = source.path / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(f"{source.path}: task: to classify by yes and no a tokenizer.json is needed")
+    return tokenizers.Tokenizer.from_file(str(file))
+
+
 def _yes_and_no(source: Source) -> tuple[int, ...]:
     """Of Qwen3-Reranker (arXiv:2506.05176): the score is the log-odds of "yes" against "no"."""
-    import tokenizers
-
-    file = source.path / "tokenizer.json"
-    if source.gguf is not None or not file.is_file():
-        raise ModelError(f"{source.path}: task: to classify by yes and no a tokenizer.json is needed")
-    vocabulary = tokenizers.Tokenizer.from_file(str(file))
+    vocabulary = _vocabulary(source)
     yes, no = (vocabulary.token_to_id(word) for word in ("yes", "no"))
     if yes is None or no is None:
-        raise ModelError(f"{file}: task: to classify it must have the tokens 'yes' and 'no'")
+        raise ModelError(f"{source.path}: task: to classify, its tokenizer must have the tokens 'yes' and 'no'")
     return yes, no

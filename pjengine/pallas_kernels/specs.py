@@ -17,6 +17,7 @@ class AttentionSpec:
       window: a query at position p sees (p - window, p]; chunk: only positions of its own chunk of this size;
         soft_cap: scores become soft_cap * tanh(score / soft_cap). None: off.
       sinks: per-head logits join the softmax's denominator.
+      relative_bias: a bias by the distance of query and key joins the scores.
       kv_scales: K and V are multiplied by dequantisation scales.
     """
 
@@ -32,6 +33,7 @@ class AttentionSpec:
     chunk: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
+    relative_bias: bool = False
     kv_scales: bool = False
 
     @property

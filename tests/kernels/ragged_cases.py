@@ -122,6 +122,7 @@ def oracle_attention(
     chunk: int | None = None,
     soft_cap: float | None = None,
     sinks: np.ndarray | None = None,
+    relative_bias: np.ndarray | None = None,
 ) -> np.ndarray:
     """One sequence in float64: q [n, heads, d] at positions first..; k, v [m, kv_heads, d]. Returns [n, heads, d]."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
@@ -141,6 +142,9 @@ def oracle_attention(
             s = k[keep, h // group] @ q[i, h] * scale
             if soft_cap is not None:
                 s = soft_cap * np.tanh(s / soft_cap)
+            if relative_bias is not None:
+                reach = relative_bias.shape[1] // 2
+                s = s + relative_bias[h, np.clip(j[keep] - p, -reach, reach) + reach]
             extra = [] if sinks is None else [np.float64(sinks[h])]
             top = max([*s, *extra])
             w = np.exp(s - top)

@@ -43,6 +43,8 @@ def oracle(q: Any, k: Any, v: Any, starts: Any, **options: Any) -> Any:
         {"window": 5},
         {"soft_cap": 2.0},
         {"sinks": True},
+        {"relative_bias": 4},
+        {"relative_bias": 70, "window": 9},
     ],
 )
 def test_matches_oracle(heads: int, kv_heads: int, head_dim: int, options: dict[str, Any]) -> None:
@@ -50,6 +52,8 @@ def test_matches_oracle(heads: int, kv_heads: int, head_dim: int, options: dict[
     options = {"causal": False, **options}
     if options.pop("sinks", None):
         options["sinks"] = np.linspace(-3, 3, heads).astype(np.float32)
+    if reach := options.pop("relative_bias", None):
+        options["relative_bias"] = np.random.default_rng(1).normal(size=(heads, 2 * reach + 1)).astype(np.float32)
     out = run(q, k, v, starts, scale=0.3, **options)
     assert np.isfinite(out).all()
     assert relative_error(out[: starts[-1]], oracle(q, k, v, starts, scale=0.3, **options)) < 1e-5
@@ -58,12 +62,13 @@ def test_matches_oracle(heads: int, kv_heads: int, head_dim: int, options: dict[
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradient(causal: bool) -> None:
     q, k, v, starts = batch([3, 1, 5], heads=2, kv_heads=1, head_dim=4, padding=2)
-    sinks = jnp.array([0.3, -0.2])
+    sinks, bias = jnp.array([0.3, -0.2]), jnp.linspace(-1, 1, 10).reshape(2, 5)
 
-    def loss(q: Any, k: Any, v: Any, sinks: Any) -> Any:
-        return packed_attention(q, k, v, starts, scale=0.5, causal=causal, sinks=sinks)[: starts[-1]].sum()
+    def loss(q: Any, k: Any, v: Any, sinks: Any, bias: Any) -> Any:
+        options: dict[str, Any] = {"scale": 0.5, "causal": causal, "sinks": sinks, "relative_bias": bias}
+        return packed_attention(q, k, v, starts, **options)[: starts[-1]].sum()
 
-    check_grads(loss, (q, k, v, sinks), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    check_grads(loss, (q, k, v, sinks, bias), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
 def test_padding_that_holds_nan_stays_out() -> None:
@@ -83,6 +88,9 @@ def test_contradicting_arguments_are_refused() -> None:
     q, k, v, starts = batch([5], heads=2, kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match="k: "):
         packed_attention(q, k[:, :, :4], v[:, :, :4], starts, scale=1.0)
+    for shape in ((3, 5), (2, 4)):
+        with pytest.raises(ValueError, match=r"relative_bias: expected \[2, 2 \* d \+ 1\]"):
+            packed_attention(q, k, v, starts, scale=1.0, relative_bias=jnp.zeros(shape))
     with pytest.raises(ValueError, match="q, k, v"):
         packed_attention(q, k, v[:3], starts, scale=1.0)
     with pytest.raises(ValueError, match="one dtype"):

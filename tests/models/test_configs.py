@@ -18,11 +18,13 @@ from pjengine.models import (
     llama,
     mistral,
     modernbert,
+    mpnet,
     nomic_bert,
     qwen2,
     qwen3,
     roberta,
 )
+from pjengine.models.relative_positions import relative_buckets
 from pjengine.models.rope import LinearScaling, Llama3Scaling, Rope
 from pjengine.step_inputs import cache_groups
 
@@ -284,6 +286,21 @@ def test_gemma_of_every_spelling(spelling: dict[str, Any]) -> None:
     assert (config.global_rope, config.local_rope, config.scale) == (Rope(16, 5e5), Rope(16, 1e3), 1 / 16)
 
 
+MPNET = BERT | {"model_type": "mpnet", "relative_attention_num_buckets": 32}
+
+
+def test_mpnet_buckets() -> None:
+    """Eight distances on either side have a bucket each, the farther ones share, from 91 on all of them one."""
+    buckets = relative_buckets(32).tolist()
+    middle = len(buckets) // 2
+    before, after = buckets[:middle][::-1], buckets[middle + 1 :]
+    assert buckets[middle] == 0
+    assert after == [bucket + 16 for bucket in before]
+    assert before[:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [before.index(bucket) + 1 for bucket in range(8, 16)] == [8, 12, 16, 23, 32, 46, 64, 91]
+    assert before[-1] == before[90] == 15
+
+
 GTE = BASE | {"hidden_act": "gelu", "model_type": "gte", "rope_theta": 1e5}
 
 
@@ -291,6 +308,7 @@ GTE = BASE | {"hidden_act": "gelu", "model_type": "gte", "rope_theta": 1e5}
     ("module", "fields", "message"),
     [
         (llama, {"hidden_act": "gelu"}, "hidden_act: expected 'silu' in the model's config, got 'gelu'"),
+        (qwen2, {"is_causal": False}, "is_causal: expected True"),
         (llama, {"vocab_size": None}, "vocab_size: missing"),
         (llama, {"quantization_config": {"quant_method": "awq"}}, "quantization_config: expected None"),
         (llama, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected None or 1.0"),
@@ -324,6 +342,7 @@ GTE = BASE | {"hidden_act": "gelu", "model_type": "gte", "rope_theta": 1e5}
         (nomic_bert, {"qkv_proj_bias": True}, "qkv_proj_bias: expected False"),
         (gemma3_text, {"use_bidirectional_attention": False}, "use_bidirectional_attention: expected True"),
         (gemma3_text, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected None"),
+        (mpnet, {"relative_attention_num_buckets": 7}, "relative_attention_num_buckets: expected an even number"),
         (gte, {"layer_norm_type": "rms_norm"}, "layer_norm_type: expected 'layer_norm'"),
         (gte, {"logn_attention_scale": True}, "logn_attention_scale: expected False"),
         (gte, {"rope_scaling": {"type": "ntk", "factor": 2.0, "mixed_b": 0.6}}, "mixed_b: expected None"),
@@ -334,7 +353,7 @@ GTE = BASE | {"hidden_act": "gelu", "model_type": "gte", "rope_theta": 1e5}
 )
 def test_what_cannot_be_honoured_is_refused_by_name(module: Any, fields: dict[str, Any], message: str) -> None:
     bases = {bert: BERT, roberta: BERT, distilbert: DISTILBERT, modernbert: MODERNBERT}
-    base = (bases | {nomic_bert: NOMIC, gemma3_text: GEMMA, gte: GTE}).get(module, BASE)
+    base = (bases | {nomic_bert: NOMIC, gemma3_text: GEMMA, gte: GTE, mpnet: MPNET}).get(module, BASE)
     module.Config.from_hf(base)
     with pytest.raises(ModelError, match=message):
         module.Config.from_hf(base | fields)

@@ -23,6 +23,7 @@ ENCODERS = {
     "gemma3_text",
     "gte",
     "modernbert",
+    "mpnet",
     "new",
     "nomic_bert",
     "roberta",

@@ -26,6 +26,7 @@ from pjengine.models.sources import resolve
 from pjengine.models.tasks import head_of
 from pjengine.request import Output, Request
 from pjengine.step_inputs import StepInputs, packed_inputs
+from pjengine.tokenizer import load_tokenizer
 from tests.helpers import GOLDEN, load_golden, relative_error, split_rows
 
 
@@ -204,8 +205,18 @@ def test_yes_and_no_of_the_tokenizer(tmp_path: Path) -> None:
     assert head is not None
     assert head.token_ids == (7, 3)
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
-    with pytest.raises(ModelError, match="it must have the tokens 'yes' and 'no'"):
+    with pytest.raises(ModelError, match="its tokenizer must have the tokens 'yes' and 'no'"):
         head_of(source, *model_of(source), "classify")
+
+
+@pytest.mark.real
+def test_yes_and_no_of_a_gguf_file() -> None:
+    source = resolve("smollm2-135m-instruct")
+    head = head_of(source, *model_of(source), "classify")
+    tokenizer = load_tokenizer(source)
+    assert head is not None
+    assert tokenizer is not None
+    assert [tokenizer.decode([token]) for token in head.token_ids] == ["yes", "no"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from pjengine.errors import ModelError
 from pjengine.models.sources import Pooling, resolve
@@ -206,9 +207,13 @@ def test_hub_id_without_a_hub(monkeypatch: pytest.MonkeyPatch, offline: bool, re
 
 def test_hub_id_in_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[str]] = []
+    files = ["model.safetensors", "2_Dense/model.safetensors", "onnx/model.safetensors", "1_Pooling/config.json"]
+    fetched: list[list[str]] = []
 
-    def snapshot(repo: str, *, allow_patterns: list[str], **_: Any) -> str:
+    def snapshot(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
         asked.append(allow_patterns)
+        chosen = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.append(list(chosen))
         return str(write_directory(tmp_path / repo))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
@@ -217,3 +222,4 @@ def test_hub_id_in_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "*.safetensors" in asked[0]
     assert "*.safetensors" not in asked[1]  # a dummy model fetches no weights
     assert not any("bin" in pattern for pattern in asked[0])
+    assert fetched == [["model.safetensors", "2_Dense/model.safetensors", "1_Pooling/config.json"], files[3:]]

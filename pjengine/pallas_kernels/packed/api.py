@@ -29,6 +29,7 @@ def packed_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    relative_bias: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Attention inside each of the sequences that stand one after the other in one packed batch; no cache.
@@ -42,8 +43,10 @@ def packed_attention(
       causal: a token sees no later one.
       window: a token at position p sees (p - window, p], where not causal (p - window, p + window).
       soft_cap, sinks, backend: as in `paged_attention`.
+      relative_bias: [heads, 2 * d + 1]: relative_bias[h, d + clip(s - p, -d, d)] is added to the score of the query at
+        position p and the key at s, after scale and soft_cap (MPNet, T5).
     Returns: [T, heads, head_dim] in q's dtype; accumulated in float32. Padding tokens: unspecified but finite. The
-      reference backend is differentiable in q, k, v and sinks.
+      reference backend is differentiable in q, k, v, sinks and relative_bias.
     Raises:
       ValueError: shapes or dtypes that contradict each other.
       ConfigError, KernelUnavailable: see backends.select.
@@ -55,7 +58,7 @@ def packed_attention(
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     options = _Options(scale, causal, window, soft_cap, backend)
-    return _attend((q, k, v), q.shape[1], k.shape[1], query_starts, sinks, options)
+    return _attend((q, k, v), q.shape[1], k.shape[1], query_starts, sinks, relative_bias, options)
 
 
 def packed_attention_qkv(
@@ -68,6 +71,7 @@ def packed_attention_qkv(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    relative_bias: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """`packed_attention` of a fused projection, read where it lies: cutting it up first would copy all of it.
@@ -80,7 +84,8 @@ def packed_attention_qkv(
     heads = qkv.shape[1] - 2 * kv_heads if qkv.ndim == 3 else 0
     if heads < 1 or heads % kv_heads:
         raise ValueError(f"qkv: expected [T, heads + 2 * {kv_heads}, head_dim], got {qkv.shape}")
-    return _attend((qkv,), heads, kv_heads, query_starts, sinks, _Options(scale, causal, window, soft_cap, backend))
+    options = _Options(scale, causal, window, soft_cap, backend)
+    return _attend((qkv,), heads, kv_heads, query_starts, sinks, relative_bias, options)
 
 
 class _Options(NamedTuple):
@@ -97,10 +102,13 @@ def _attend(
     kv_heads: int,
     query_starts: jax.Array,
     sinks: jax.Array | None,
+    relative_bias: jax.Array | None,
     options: _Options,
 ) -> jax.Array:
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks: expected [{heads}], got {sinks.shape}")
+    if relative_bias is not None and (relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0):
+        raise ValueError(f"relative_bias: expected [{heads}, 2 * d + 1], got {relative_bias.shape}")
     dtype = arrays[0].dtype.name
     spec = AttentionSpec(
         heads=heads,
@@ -112,6 +120,8 @@ def _attend(
         window=options.window,
         soft_cap=options.soft_cap,
         sinks=sinks is not None,
+        relative_bias=relative_bias is not None,
     )
     implementation = select("packed_attention", options.backend, BACKENDS, spec).load()
-    return implementation(arrays, query_starts, sinks, spec=spec, scale=options.scale)
+    extra = {} if relative_bias is None else {"relative_bias": relative_bias}
+    return implementation(arrays, query_starts, sinks, spec=spec, scale=options.scale, **extra)

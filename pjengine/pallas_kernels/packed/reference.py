@@ -25,6 +25,7 @@ def packed_attention(
     *,
     spec: AttentionSpec,
     scale: float,
+    relative_bias: jax.Array | None = None,
 ) -> jax.Array:
     """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,).
 
@@ -48,6 +49,11 @@ def packed_attention(
         mask &= visible(query_tokens[:, None], token, causal=spec.causal, window=spec.window, chunk=spec.chunk)
         grouped = (queries.astype(jnp.float32) * scale).reshape(size, spec.kv_heads, spec.group, head_dim)
         scores = cap_scores(_einsum("qkgd,skd->kgqs", grouped, keys), spec.soft_cap)
+        if relative_bias is not None:
+            reach = relative_bias.shape[1] // 2
+            # Inside a sequence, tokens lie as far apart as their positions.
+            places = jnp.clip(token - query_tokens[:, None], -reach, reach) + reach
+            scores += jnp.asarray(relative_bias, jnp.float32)[:, places].reshape(scores.shape)
         scores = jnp.where(mask, scores, MASKED)
         top = scores.max(-1)
         if sinks is not None:

@@ -16,4 +16,6 @@ def mosaic_refusal(spec: AttentionSpec, target: Target) -> str | None:
         return f"head_dim must be 32, 64 or 128, got {spec.head_dim}"
     if spec.sinks:
         return "attention sinks are not implemented"
+    if spec.relative_bias:
+        return "relative biases are not implemented"
     return None
