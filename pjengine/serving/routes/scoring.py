@@ -83,10 +83,8 @@ async def _score(context: ServerContext, body: PairRequest, pairs: _Pairs) -> tu
     if context.info.kind == "embed":
         return await _by_similarity(context, body, pairs)
     arrival = time.monotonic()
-    encoder, most = (
-        context.require_pairs(pairs.document_fields[0]),
-        fit_tokens(body.truncate_prompt_tokens, context.info),
-    )
+    encoder = context.require_pairs(pairs.document_fields[0])
+    most = fit_tokens(body.truncate_prompt_tokens, context.info)
 
     def encode() -> list[PairTokens]:
         return [
