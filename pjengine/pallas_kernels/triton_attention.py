@@ -77,6 +77,7 @@ def attend(
     sinks: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    relative_bias: jax.Array | None = None,
     *,
     spec: AttentionSpec,
     scale: float,
@@ -85,9 +86,10 @@ def attend(
 ) -> jax.Array:
     """Attention of the items' queries: [T, heads, head_dim], zeros where no item has a query."""
     constants = _constants(spec, scale, config, work.tables.shape[1], splits=1)
+    constants["REACH"] = relative_bias.shape[1] // 2 if relative_bias is not None else 0
     grid = (work.rows.shape[0], spec.kv_heads, 1)
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)]
-    inputs = _inputs(q, k, v, work, sinks, k_scale, v_scale, spec)
+    inputs = _inputs(q, k, v, work, sinks, k_scale, v_scale, spec, relative_bias)
     return _call(inputs, shapes, grid, config, constants, target)[0]
 
 
@@ -134,13 +136,15 @@ def _inputs(
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
     spec: AttentionSpec,
+    relative_bias: jax.Array | None = None,
 ) -> list[jax.Array]:
     def per_head(scale: jax.Array | None) -> jax.Array:
         return jnp.broadcast_to(jnp.float32(1) if scale is None else scale.astype(jnp.float32), (spec.kv_heads,))
 
     logits = jnp.zeros(1, jnp.float32) if sinks is None else sinks.astype(jnp.float32) * LOG2E.value
     indices = (work.rows, work.offsets, work.starts, work.counts, work.lens, work.tables)
-    return [q, k, v, *(x.astype(jnp.int32) for x in indices), logits, per_head(k_scale), per_head(v_scale)]
+    biases = jnp.zeros(1, jnp.float32) if relative_bias is None else relative_bias.astype(jnp.float32)
+    return [q, k, v, *(x.astype(jnp.int32) for x in indices), logits, per_head(k_scale), per_head(v_scale), biases]
 
 
 def _constants(spec: AttentionSpec, scale: float, config: TileConfig, max_pages: int, splits: int) -> dict[str, Any]:
@@ -162,6 +166,7 @@ def _constants(spec: AttentionSpec, scale: float, config: TileConfig, max_pages:
         "CHUNK": spec.chunk or 0,
         "SOFT_CAP": float(spec.soft_cap or 0),
         "SINKS": spec.sinks,
+        "REACH": 0,
     }
 
 
@@ -203,6 +208,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     sinks,
     k_scales,
     v_scales,
+    biases,
     out,
     log_sums,
     HEADS: tl.constexpr,
@@ -222,6 +228,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    REACH: tl.constexpr,
 ):
     """One item, one KV head, one split: see Work, and the masks of `masking.visible`. Scores are in units of log2."""
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -285,6 +292,9 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         if SOFT_CAP > 0:
             # tanh(x) = 2 sigmoid(2 x) - 1
             scores = SOFT_CAP * (2 * tl.sigmoid(scores * (2 / SOFT_CAP)) - 1)
+        if REACH:
+            away = tl.minimum(tl.maximum(key[None, :] - position[:, None], -REACH), REACH)
+            scores += tl.load(biases + head[:, None] * (2 * REACH + 1) + REACH + away)
         seen = exists[None, :] & real[:, None]
         if CAUSAL:
             seen &= key[None, :] <= position[:, None]

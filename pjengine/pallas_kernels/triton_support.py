@@ -27,8 +27,6 @@ def triton_refusal(spec: AttentionSpec, target: Target) -> str | None:
         return f"the cache must have q's dtype or be float8_e4m3fn, got {spec.dtype} and {spec.kv_dtype}"
     if spec.head_dim > 256:
         return f"head_dim must be at most 256, got {spec.head_dim}"
-    if spec.relative_bias:
-        return "relative biases are not implemented"
     if spec.group > 16:
         return f"at most 16 query heads per KV head, got {spec.group}"
     return None

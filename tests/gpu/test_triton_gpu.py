@@ -64,11 +64,14 @@ def test_float8_cache(decode: bool) -> None:
         ((12, 12, 32), {"window": 50}),
         ((8, 2, 128), {"causal": True}),
         ((8, 8, 80), {"soft_cap": 5.0}),
+        ((12, 12, 64), {"relative_bias": 128}),
     ],
 )
 def test_packed(shape: tuple[int, int, int], options: dict[str, Any]) -> None:
     run = jax.jit(packed_attention, static_argnames=("scale", "causal", "window", "soft_cap", "backend"))
     heads, kv_heads, head_dim = shape
+    if reach := options.get("relative_bias"):
+        options = {"relative_bias": jax.random.normal(jax.random.key(0), (heads, 2 * reach + 1))}
     for seed in range(4):
         rng = np.random.default_rng(seed)
         lens = rng.integers(0, [20, 600][seed % 2], 40 if seed % 2 == 0 else 4)

@@ -100,7 +100,6 @@ def test_triton_serves_attention_from_ampere_on() -> None:
         ({"kv_dtype": "float8_e4m3fn"}, 80, "needs compute capability 8.9"),
         ({"kv_dtype": "float16"}, 90, "got bfloat16 and float16"),
         ({"head_dim": 512}, 90, "head_dim must be at most 256, got 512"),
-        ({"relative_bias": True}, 90, "relative biases are not implemented"),
         ({"heads": 64}, 90, "at most 16 query heads per KV head, got 32"),
     ],
 )

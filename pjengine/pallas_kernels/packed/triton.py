@@ -19,6 +19,7 @@ def packed_attention(
     *,
     spec: AttentionSpec,
     scale: float,
+    relative_bias: jax.Array | None = None,
     tiles: TileConfig | None = None,
 ) -> jax.Array:
     """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,); tiles: instead of the tuned ones."""
@@ -28,4 +29,4 @@ def packed_attention(
     counts = query_starts[1:] - query_starts[:-1]
     item_rows, offsets = query_items(counts, q.shape[0], queries_per_item(spec, config))
     work = Work(item_rows, offsets, query_starts[:-1], counts, counts, jnp.zeros((1, 1), jnp.int32))
-    return attend(q, k, v, work, sinks, None, None, spec=spec, scale=scale, config=config, target=target)
+    return attend(q, k, v, work, sinks, None, None, relative_bias, spec=spec, scale=scale, config=config, target=target)
