@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.pallas_kernels import packed_attention, paged_attention, rope_write_kv
+from pjengine.pallas_kernels import packed_attention, packed_attention_qkv, paged_attention, rope_write_kv
 from tests.kernels.ragged_cases import PagedCase, paged_case, random_lens, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -151,6 +151,27 @@ def test_packed(heads: int, kv_heads: int, head_dim: int, causal: bool) -> None:
         expected = run(*float32, starts, scale=0.2, causal=causal, backend="reference")
         assert relative_error(actual[: starts[-1]].astype(jnp.float32), np.asarray(expected[: starts[-1]])) < 1e-2
         assert jnp.isfinite(actual).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 65}, {"soft_cap": 5.0}])
+@pytest.mark.parametrize("rows", [300, 6])
+def test_packed_fused(rows: int, options: dict[str, Any], dtype: str) -> None:
+    """A fused projection with NaN in its padding, in both kernels, whatever the lengths."""
+    run = jax.jit(
+        packed_attention_qkv, static_argnames=("kv_heads", "scale", "causal", "window", "soft_cap", "backend")
+    )
+    lens = np.array([3, 200, 1, 0, 70, 64, 8, 300, 5, 5, 5, 90] if rows > 12 else [512, 300, 0, 1, 130, 64])
+    starts = np.cumsum([0, *lens, *[0] * (rows - len(lens))]).astype(np.int32)
+    real = int(starts[-1])
+    qkv = jnp.asarray(np.random.default_rng(0).standard_normal((real + 70, 8 + 2 * 4, 64)), dtype)
+    expected = run(qkv.astype(jnp.float32), starts, kv_heads=4, scale=0.125, backend="reference", **options)
+    poisoned = qkv.at[real:].set(jnp.nan)
+    actual, again = (run(poisoned, starts, kv_heads=4, scale=0.125, backend="mosaic", **options) for _ in range(2))
+    error = BFLOAT16_ERROR if dtype == "bfloat16" else 2e-3
+    assert relative_error(actual[:real].astype(jnp.float32), np.asarray(expected[:real])) < error
+    assert jnp.isfinite(actual).all()
+    assert (actual == again).all(), "two runs differ"
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 3000])
