@@ -108,20 +108,25 @@ def use_compile_cache(directory: str | None) -> None:
 
 
 def compile_all(
-    lowerings: Mapping[K, Callable[[], Any]], what: str, store: ExecutableStore, progress: bool = True
+    lowerings: Mapping[K, Callable[[], Any]],
+    what: str,
+    store: ExecutableStore,
+    progress: bool = True,
+    options: Callable[[K], dict[str, Any]] = lambda key: {},
 ) -> dict[K, Any]:
     """Loads or compiles every entry; tracing stays on this thread, XLA works in others.
 
     Args:
       lowerings: key -> function that returns a `jax.stages.Lowered`.
       what: names the work in the progress bar and the store.
+      options: key -> XLA's compiler options.
     Returns: key -> `jax.stages.Compiled`.
     """
     started = time.monotonic()
     compiled: dict[K, Any] = {}
 
     def compile_one(key: K, lowered: Any) -> Any:
-        made = lowered.compile()
+        made = lowered.compile(compiler_options=options(key))
         store.keep(what, key, made)
         return made
 

@@ -83,6 +83,13 @@ def _ladder(first: int, last: int, growth: int) -> list[int]:
     return sizes
 
 
+def compiler_options(bucket: Bucket) -> dict[str, Any]:
+    """XLA's options for a bucket. With some tens to hundreds of rows XLA prefers Triton products that leave several
+    float32 sums for another kernel to add; cuBLAS's are faster than the two together (docs/decisions.md).
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if 32 < bucket.tokens < 2048 else {}
+
+
 @dataclasses.dataclass(frozen=True)
 class RunningStep:
     """A dispatched step; its arrays are on their way to the host."""
@@ -143,6 +150,7 @@ class ModelRunner:
             "forward steps",
             store,
             progress,
+            compiler_options,
         )
         rows = {b.rows for b in shape.buckets}
         self._samplers = Samplers(self._lower_sampler, rows, shape.vocab_size, store, progress)
