@@ -78,20 +78,36 @@ def initial_state(head_dim: int) -> State:
     return tile(0, head_dim), column(MASKED), column(0)
 
 
-def take_turn(turns: Any) -> None:
-    """Hands the tensor cores to the other warpgroup and waits to get them back."""
-    plgpu.barrier_arrive(turns)
-    plgpu.barrier_wait(turns)
+def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The accumulator and what to divide it by, [64], never 0.
+
+    Args:
+      sink: float32 scalar, a log2 logit that joins the denominator.
+    """
+    acc, top, total = state
+    if sink is not None:
+        new_top = jnp.maximum(top, sink)
+        rescale = jnp.exp2(top - new_top)
+        acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+        total = total * rescale + jnp.exp2(sink - new_top)
+    return acc, jnp.where(total == 0, 1.0, total)  # a query that sees nothing
+
+
+def take_turn(turns: Any | None) -> None:
+    """Hands the tensor cores to the other warpgroup and waits to get them back; nothing where turns is None."""
+    if turns is not None:
+        plgpu.barrier_arrive(turns)
+        plgpu.barrier_wait(turns)
 
 
 def attend_block(
     q: Any,
     ring: Ring,
-    turns: Any,
+    turns: Any | None,
     step: jax.Array,
     state: State,
     *,
-    scale: float,
+    scale: float | jax.Array,
     soft_cap: float | None,
     mask: Callable[[tuple[int, ...]], jax.Array] | None = None,
     tokens: jax.Array | None = None,
@@ -100,6 +116,8 @@ def attend_block(
 
     Args:
       q: shared memory [64, head_dim].
+      turns: barrier of the turns at the tensor cores, or None: none are taken. One warpgroup's last turn with a tile
+        ends with the other's first with the next: both tiles of queries must have room.
       step: number of the block since the kernel began.
       mask: called with the scores' shape; True where a query sees a key. None: everywhere.
       tokens: with a mask, how many leading tokens of the block exist; what stands in the others may be NaN.
@@ -125,12 +143,14 @@ def attend_block(
     total = total * rescale + weights.sum(axis=1)
     weights = weights.astype(ring.v.dtype)
     acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-    plgpu.barrier_arrive(turns)
+    if turns is not None:
+        plgpu.barrier_arrive(turns)
     plgpu.barrier_wait(ring.v_full.at[slot])
     if tokens is not None:
         # Both warpgroups clear, each before it reads: they write equal bytes.
         clear_rows_from(ring.v.at[slot], tokens)
-    plgpu.barrier_wait(turns)
+    if turns is not None:
+        plgpu.barrier_wait(turns)
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, ring.v.at[slot]))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(ring.v_free.at[slot])
     return acc, new_top, total

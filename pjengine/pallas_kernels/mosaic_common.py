@@ -18,7 +18,10 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pjengine.pallas_kernels.registers import pointer, this_thread, zero_words
 
 LOG2E = math.log2(math.e)
 HOPPER_SMS = 132  # of an H100 or H200 SXM; assumed where the device does not say
@@ -32,12 +35,21 @@ def compiler_params(**kwargs: Any) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, **kwargs)
 
 
+def tile_swizzle(columns: int, dtype: Any) -> int:
+    """Bytes of a row of the tiles in which wgmma reads rows of `columns` elements: 16 (no swizzle), 32, 64 or 128."""
+    return int(plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8))
+
+
+def tile_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """How [..., rows, columns] lies in shared memory: tiled and swizzled."""
+    swizzle = tile_swizzle(columns, dtype)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return (tiling, plgpu.SwizzleTransform(swizzle)) if swizzle > 16 else (tiling,)
+
+
 def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory whose last two dimensions wgmma can read: tiled and swizzled."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    transforms = (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=tile_transforms(shape[-1], dtype))
 
 
 def column(value: float, rows: int = TILE_ROWS) -> jax.Array:
@@ -55,28 +67,32 @@ def tile_iota(shape: tuple[int, int], dimension: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
 
 
+def scaled_exp2(x: jax.Array, scale: jax.Array | float, shift: jax.Array, dimension: int) -> jax.Array:
+    """exp2(x * scale - shift) of a float32 tile in the wgmma accumulator layout, one fused multiply-add per element.
+
+    Args:
+      scale: scalar; shift: a vector along `dimension` of x, in the layout of a reduction over the other one.
+    """
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+    arg_types = (plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WGMMA.reduce(1 - dimension))
+
+    @plgpu.inline_mgpu(arg_types=arg_types, return_type=result)
+    def compute(ctx: Any, x: Any, scale: Any, shift: Any) -> Any:
+        shift = shift.broadcast_in_dim(x.shape, (dimension,), x.layout)
+        registers = np.empty_like(x.registers)
+        for place, register in np.ndenumerate(x.registers):
+            factor = vector.broadcast(register.type, scale.registers.item())
+            registers[place] = mlir_math.fma(register, factor, arith.negf(shift.registers[place]))
+        fused = mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+        return fused.exp2(approx=True)
+
+    return compute(x, jnp.float32(scale), shift)
+
+
 def load_whole(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     """All of a reference, in registers. JAX 0.10 wants an index that later versions warn about."""
     takes_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
     return plgpu.load(ref, *([()] if takes_index else []), layout=layout, optimized=optimized)
-
-
-def load_rows(ref: Any) -> jax.Array:
-    """A wgmma tile [64, columns] in registers from a GMEM reference [n <= 64, columns]; row n - 1 repeats below it."""
-    count, columns = ref.shape
-    result = plgpu.ShapeDtypeStruct((TILE_ROWS, columns), ref.dtype, layout=plgpu.Layout.WGMMA)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
-    def load(ctx: Any, ref: Any) -> Any:
-        layout: Any = plgpu.Layout.WGMMA.to_mgpu()
-        last = mgpu.c(count - 1, ir.IndexType.get())
-        registers = np.empty(layout.registers_shape(result.shape), dtype=object)
-        kind = ir.VectorType.get((layout.vector_length,), ir.MemRefType(ref.type).element_type)
-        for place, index in zip(np.ndindex(registers.shape), layout.thread_idxs(result.shape), strict=True):
-            registers[place] = vector.load(kind, ref, [arith.minui(index[0], last), *index[1:]])
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return load(ref)
 
 
 def store_rows(ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) -> None:
@@ -101,21 +117,6 @@ def store_rows(ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) ->
     store(ref, values, begin, end)
 
 
-def store_column(ref: Any, values: jax.Array, rows: jax.Array) -> None:
-    """As store_rows, for a [64 * m] vector in Layout.WGMMA.reduce(1)."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WG_SPLAT))
-    def store(ctx: Any, ref: Any, values: Any, rows: Any) -> None:
-        limit = arith.index_cast(ir.IndexType.get(), rows.registers.item())
-        indices = values.layout.thread_idxs(values.shape)
-        for index, register in zip(indices, values.registers.flat, strict=True):
-            keep = arith.cmpi(arith.CmpIPredicate.ult, index[0], limit)
-            with mgpu_utils.when(keep):
-                vector.store(register, ref, list(index))
-
-    store(ref, values, rows)
-
-
 def store_prefix(ref: Any, values: jax.Array, layout: Any, size: int) -> None:
     """Writes the first `size` elements of a vector to global memory.
 
@@ -134,6 +135,19 @@ def store_prefix(ref: Any, values: jax.Array, layout: Any, size: int) -> None:
                 vector.store(register, ref, [index])
 
     store(ref, values)
+
+
+def clear_memory(ref: Any, nbytes: int) -> None:
+    """Zeroes the first nbytes (a multiple of 16) of a contiguous, 16-byte aligned reference in global memory."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def clear(ctx: Any, ref: Any) -> None:
+        for first in range(0, nbytes // 16, 128):
+            chunk = this_thread().index + first
+            with mgpu_utils.when(chunk.below(nbytes // 16)):
+                llvm.store(zero_words(4), pointer(ref, chunk * 16))
+
+    clear(ref)
 
 
 def clear_rows_from(smem: Any, end: jax.Array) -> None:

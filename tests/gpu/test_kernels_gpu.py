@@ -15,11 +15,21 @@ from tests.kernels.ragged_cases import PagedCase, paged_case, random_lens, relat
 
 pytestmark = pytest.mark.gpu
 
-# heads, kv_heads, head_dim, page_size: Llama 3.1 8B, SmolLM2 135M, Qwen2 0.5B, and others
-SHAPES = [(32, 8, 128, 64), (32, 8, 128, 16), (9, 3, 64, 16), (14, 2, 64, 128), (8, 8, 128, 32), (16, 1, 64, 64)]
+# heads, kv_heads, head_dim, page_size: Llama 3.1 8B, SmolLM2 135M, Qwen2 0.5B, Gemma 2 2B, Phi-3, and others
+SHAPES = [
+    (32, 8, 128, 64),
+    (32, 8, 128, 16),
+    (9, 3, 64, 16),
+    (14, 2, 64, 128),
+    (16, 1, 64, 64),
+    (8, 4, 256, 16),
+    (32, 32, 96, 32),
+    (10, 2, 80, 128),
+]
 BFLOAT16_ERROR = 1e-2
+FLOAT8_ERROR = 3e-2
 ROWS, TOKENS, LONGEST = 12, 1024, 700
-SEEDS = 12
+SEEDS = 20  # batches per compiled shape: a compile costs seconds, a batch milliseconds
 
 paged = jax.jit(paged_attention, static_argnames=("scale", "decode", "window", "chunk", "soft_cap", "backend"))
 
@@ -92,6 +102,24 @@ def test_decode(shape: tuple[int, int, int, int]) -> None:
 def test_mixed(shape: tuple[int, int, int, int]) -> None:
     for seed in range(SEEDS):
         check(mixed_case(seed, *shape))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[3:]])
+@pytest.mark.parametrize("decode", [True, False])
+def test_float8_cache_with_scales(shape: tuple[int, int, int, int], decode: bool) -> None:
+    for seed in range(SEEDS // 2):
+        case = (decode_case if decode else mixed_case)(seed, *shape, kv_dtype="float8_e4m3fn")
+        rng = np.random.default_rng(seed)
+        k_scale, v_scale = (jnp.asarray(rng.uniform(0.5, 2, shape[1]), jnp.float32) for _ in range(2))
+        check(case, decode=decode, error=FLOAT8_ERROR, k_scale=k_scale, v_scale=v_scale)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]])
+@pytest.mark.parametrize("decode", [True, False])
+def test_sinks(shape: tuple[int, int, int, int], decode: bool) -> None:
+    for seed in range(SEEDS // 4):
+        sinks = jnp.asarray(np.random.default_rng(seed).normal(2, 2, shape[0]), jnp.float32)
+        check((decode_case if decode else mixed_case)(seed, *shape), decode=decode, sinks=sinks)
 
 
 @pytest.mark.parametrize("options", [{"window": 100}, {"chunk": 128}, {"soft_cap": 5.0}])

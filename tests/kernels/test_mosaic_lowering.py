@@ -21,24 +21,34 @@ def lower_paged(
     *,
     layers: int = 1,
     dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
+    sinks: bool = False,
+    kv_scales: bool = False,
     **options: Any,
 ) -> str:
     heads, kv_heads, head_dim, page_size = shape
 
-    def layer_stack(q: Any, k: Any, v: Any, *batch: Any) -> Any:
+    def layer_stack(q: Any, k: Any, v: Any, starts: Any, lens: Any, tables: Any, sink: Any, scale: Any) -> Any:
+        if sinks:
+            options["sinks"] = sink
+        if kv_scales:
+            options["k_scale"] = options["v_scale"] = scale
         for _ in range(layers):
-            q = paged_attention(q, k, v, *batch, scale=0.1, backend="mosaic", **options)
+            q = paged_attention(q, k, v, starts, lens, tables, scale=0.1, backend="mosaic", **options)
         return q
 
     pages = (40, kv_heads, page_size, head_dim)
+    kv_dtype = kv_dtype or dtype
     return lower_for_hopper(
         layer_stack,
         ((tokens, heads, head_dim), dtype),
-        (pages, dtype),
-        (pages, dtype),
+        (pages, kv_dtype),
+        (pages, kv_dtype),
         ((rows + 1,), "int32"),
         ((rows,), "int32"),
         ((rows, 10), "int32"),
+        ((heads,), dtype),
+        ((kv_heads,), "float32"),
     )
 
 
@@ -46,7 +56,16 @@ def lower_paged(
 @pytest.mark.parametrize("decode", [True, False])
 def test_paged_attention(shape: tuple[int, int, int, int], decode: bool) -> None:
     text = lower_paged(shape, 8 if decode else 200, 8, decode=decode)
-    assert text.count("@mosaic_gpu_v2") == (2 if decode else 3)
+    assert text.count("@mosaic_gpu_v2") == (1 if decode else 2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("decode", [True, False])
+def test_paged_head_dims_and_caches(head_dim: int, kv_dtype: str, decode: bool) -> None:
+    fp8 = kv_dtype != "bfloat16"
+    text = lower_paged((14, 2, head_dim, 32), 8, 8, decode=decode, kv_dtype=kv_dtype, kv_scales=fp8, sinks=not fp8)
+    assert "@mosaic_gpu_v2" in text
 
 
 @pytest.mark.parametrize("options", [{"window": 100}, {"chunk": 128}, {"soft_cap": 30.0}, {"dtype": "float16"}])
@@ -130,8 +149,12 @@ def test_refusals_name_the_reason() -> None:
         lower_packed(4, 4, 80, 512, 64)
     with pytest.raises(KernelUnavailable, match="tensor cores take bfloat16 and float16, got float32"):
         lower_packed(4, 4, 64, 512, 64, dtype="float32")
-    with pytest.raises(KernelUnavailable, match="head_dim must be 64 or 128, got 80"):
-        lower_paged((8, 8, 80, 16), 8, 8)
+    with pytest.raises(KernelUnavailable, match="head_dim must be 64, 80, 96, 128 or 256, got 72"):
+        lower_paged((8, 8, 72, 16), 8, 8)
+    with pytest.raises(KernelUnavailable, match="q's dtype or be float8_e4m3fn, got bfloat16 and float16"):
+        lower_paged(SHAPES[0], 8, 8, kv_dtype="float16")
+    with pytest.raises(KernelUnavailable, match="at most 16 query heads per KV head, got 32"):
+        lower_paged((32, 1, 64, 16), 8, 8)
     with pytest.raises(KernelUnavailable, match="tensor cores take bfloat16 and float16, got float32"):
         lower_paged(SHAPES[0], 8, 8, dtype="float32")
     with pytest.raises(KernelUnavailable, match="no multiple of 128 bytes"):

@@ -24,7 +24,8 @@ lengths = st.lists(st.integers(0, 400), min_size=ROWS, max_size=ROWS)
 def test_decode_shares_are_even_and_complete(lens: list[int], window: int | None) -> None:
     spec = AttentionSpec(heads=6, kv_heads=3, head_dim=64, page_size=16, decode=True, window=window)
     config = DecodeConfig(block=64, stages=2, workers=2, sms=5)
-    starts, shares = (np.asarray(x) for x in decode_plan(jnp.asarray(lens, jnp.int32), spec, config))
+    starts, shares, counters = (np.asarray(x) for x in decode_plan(jnp.asarray(lens, jnp.int32), spec, config))
+    np.testing.assert_array_equal(counters, np.zeros(ROWS * 3))
     first = [max(n - window, 0) // 64 if window else 0 for n in lens]
     blocks = [max(-(-n // 64) - f, 0) for n, f in zip(lens, first, strict=True)]
     np.testing.assert_array_equal(starts, np.cumsum([0, *blocks]))
@@ -52,7 +53,8 @@ def test_prefill_tiles_hold_each_query_once(counts: list[int], prefixes: list[in
     query_starts, queries, kv = (jnp.asarray(x, jnp.int32) for x in (starts, counts, kv_lens))
     plan = np.asarray(prefill_plan(query_starts, queries, kv, TOKENS))
     seen = np.zeros(TOKENS, int)
-    for token, begin, end, position, row in plan[plan[:, 2] > 0]:
+    for token, begin, end, position, row, length in plan[plan[:, 2] > 0]:
+        assert length == kv_lens[row]
         assert token % 8 == 0
         assert 0 <= begin < end <= TILE
         seen[token + begin : token + end] += 1

@@ -6,10 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.pallas_kernels.backends import Target, current_target
+from pjengine.pallas_kernels.flash import TILE
 from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan, paged_decode
 from pjengine.pallas_kernels.paged.mosaic_prefill import PrefillConfig, paged_prefill, prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
+
+SHARED_BYTES = 225 * 1024  # per SM, less what barriers take
+BLOCK_BYTES = 16 * 1024
+DECODE_RING_BYTES = 192 * 1024
+MAX_STAGES = 6
 
 
 def paged_attention(
@@ -28,29 +34,84 @@ def paged_attention(
 ) -> jax.Array:
     """See `pjengine.pallas_kernels.paged_attention`."""
     target = current_target()
+    if spec.kv_scales:
+        k_scale, v_scale = (_per_head(x, spec.kv_heads) for x in (k_scale, v_scale))
     decode = decode_config(spec, target)
     if spec.decode:
         plan = decode_plan(kv_lens, spec, decode)
-        return paged_decode(q, k_pages, v_pages, kv_lens, block_tables, plan, spec=spec, scale=scale, config=decode)
+        return paged_decode(
+            q,
+            k_pages,
+            v_pages,
+            kv_lens,
+            block_tables,
+            plan,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            spec=spec,
+            scale=scale,
+            config=decode,
+        )
 
     counts = query_starts[1:] - query_starts[:-1]
     items = prefill_plan(query_starts, jnp.where(counts > 1, counts, 0), kv_lens, q.shape[0])
     out = paged_prefill(
-        q, k_pages, v_pages, kv_lens, block_tables, items, spec=spec, scale=scale, config=prefill_config(spec, target)
+        q,
+        k_pages,
+        v_pages,
+        kv_lens,
+        block_tables,
+        items,
+        query_starts[-1:],
+        sinks,
+        k_scale,
+        v_scale,
+        spec=spec,
+        scale=scale,
+        config=prefill_config(spec, target),
     )
-    single_lens = jnp.where(counts == 1, kv_lens, 0)
+    single_lens = jnp.where(counts == 1, jnp.maximum(kv_lens, 0), -1)
     plan = decode_plan(single_lens, spec, decode)
     tokens = jnp.minimum(query_starts[:-1], q.shape[0] - 1)
     return paged_decode(
-        q, k_pages, v_pages, single_lens, block_tables, plan, tokens, out, spec=spec, scale=scale, config=decode
+        q,
+        k_pages,
+        v_pages,
+        single_lens,
+        block_tables,
+        plan,
+        tokens,
+        out,
+        sinks,
+        k_scale,
+        v_scale,
+        spec=spec,
+        scale=scale,
+        config=decode,
     )
 
 
 def decode_config(spec: AttentionSpec, target: Target) -> DecodeConfig:
-    """Block sizes for the decode kernel: what fits shared memory with two workers per SM."""
-    return DecodeConfig(block=64 * 128 // spec.head_dim, stages=3, workers=2, sms=target.cores or HOPPER_SMS)
+    """Block sizes for the decode kernel: blocks of about 16 KiB, as many in flight as fit shared memory."""
+    token = spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize
+    block = 128 if token * 128 <= BLOCK_BYTES else 64
+    workers = 2 if token * 64 <= BLOCK_BYTES else 1
+    stages = min(MAX_STAGES, DECODE_RING_BYTES // (2 * workers * block * token))
+    return DecodeConfig(block=block, stages=stages, workers=workers, sms=target.cores or HOPPER_SMS)
 
 
 def prefill_config(spec: AttentionSpec, target: Target) -> PrefillConfig:
-    """Block sizes for the prefill kernel."""
-    return PrefillConfig(block=128, stages=2 if spec.head_dim == 128 else 4, sms=target.cores or HOPPER_SMS)
+    """Block sizes for the prefill kernel: registers bound the block, shared memory the blocks in flight."""
+    block = 128 if spec.head_dim <= 128 else 64
+    query_stages = 2 if spec.head_dim <= 128 else 1
+    token = spec.head_dim * jnp.dtype(spec.dtype).itemsize
+    room = SHARED_BYTES - query_stages * TILE * token
+    if spec.kv_dtype != spec.dtype:
+        room -= 2 * block * spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize
+    stages = min(MAX_STAGES, room // (2 * block * token))
+    return PrefillConfig(block=block, stages=stages, query_stages=query_stages, sms=target.cores or HOPPER_SMS)
+
+
+def _per_head(scale: jax.Array | None, kv_heads: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.float32(1) if scale is None else scale.astype(jnp.float32), (kv_heads,))

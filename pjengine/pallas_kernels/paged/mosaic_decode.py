@@ -2,10 +2,11 @@
 
 The KV blocks of all (row, KV head) pairs stand in one line, row by row and head by head. Each worker takes an equal,
 contiguous piece of that line, so that ragged lengths cost nothing: a worker is busy until its piece ends, whatever rows
-it crosses, and its copies run ahead across row borders. Where a pair is cut, its pieces leave partial results that a
-second, small kernel combines (as in FlashDecoding; the even cut is Stream-K's, Osama et al. 2023, arXiv:2301.03598).
+it crosses, and its copies run ahead across row borders. Where a pair is cut, its pieces leave partial results; who is
+last to leave one combines them (as in FlashDecoding; the even cut is Stream-K's, Osama et al. 2023, arXiv:2301.03598).
 
-A worker is a pair of warpgroups: one issues the TMA copies, one computes. Two workers share an SM.
+A worker is a pair of warpgroups: one issues the TMA copies and stages queries, one computes. Scores are computed
+transposed, with K as the left operand: a product then has 8 or 16 columns, not 64 rows for a few query heads.
 """
 
 from __future__ import annotations
@@ -25,18 +26,15 @@ from pjengine.pallas_kernels.masking import cap_scores, first_visible
 from pjengine.pallas_kernels.mosaic_common import (
     LOG2E,
     MASKED,
-    TILE_ROWS,
-    clear_rows_from,
-    column,
+    clear_memory,
     launch,
-    load_rows,
-    store_column,
-    store_rows,
+    scaled_exp2,
     tile,
     tile_iota,
     tiled_smem,
 )
-from pjengine.pallas_kernels.paged.mosaic_combine import combine_kernel
+from pjengine.pallas_kernels.paged import decode_tiles as tiles
+from pjengine.pallas_kernels.paged.mosaic_combine import combine_pieces, partial_size
 from pjengine.pallas_kernels.paged.pages import GRANULE, copy_block, copy_sources
 from pjengine.pallas_kernels.specs import AttentionSpec
 
@@ -46,16 +44,19 @@ class DecodeConfig:
     """Tuning of the kernel.
 
     Attributes:
-      block: KV tokens per step of a worker, a multiple of 64 and of the page size or a divisor of it.
+      block: KV tokens per step of a worker, a multiple of 64.
       stages: blocks of K, and of V, in flight per worker.
       workers: per SM.
       sms: streaming multiprocessors of the device.
+      copy_registers, compute_registers: per thread of the two kinds of warpgroups.
     """
 
     block: int
     stages: int
     workers: int
     sms: int
+    copy_registers: int = 40
+    compute_registers: int = 208
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,30 +64,38 @@ class _Segment:
     """A run of KV blocks of one (row, KV head) pair inside one worker's share. All are scalars inside the kernel.
 
     Attributes:
-      step: blocks this worker had before.
-      row, head: the pair; length: the row's KV tokens.
+      ordinal: runs, and step: blocks, that this worker had before.
+      row, head: the pair; length: the row's KV tokens; origin, row_blocks: where the pair begins in the line, and how
+        many blocks it has.
       first, blocks: the run.
       opens: it begins where the pair begins; whole: it is all of the pair.
     """
 
+    ordinal: jax.Array
     step: jax.Array
     row: jax.Array
     head: jax.Array
     length: jax.Array
+    origin: jax.Array
+    row_blocks: jax.Array
     first: jax.Array
     blocks: jax.Array
     opens: jax.Array
     whole: jax.Array
 
 
-def decode_plan(kv_lens: jax.Array, spec: AttentionSpec, config: DecodeConfig) -> tuple[jax.Array, jax.Array]:
+Plan = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def decode_plan(kv_lens: jax.Array, spec: AttentionSpec, config: DecodeConfig) -> Plan:
     """What the kernels need to know about lengths; equal for all layers with one spec, so XLA computes it once a step.
 
     Args:
       kv_lens: int32 [R].
     Returns:
       starts: int32 [R + 1], exclusive cumulative sum of each row's blocks (of one head);
-      shares: int32 [workers, 4]: begin and end of each worker's piece of the line, row and head it begins in.
+      shares: int32 [workers, 4]: begin and end of each worker's piece of the line, row and head it begins in;
+      counters: int32 [R * kv_heads] zeros: the kernel counts a pair's pieces there and leaves zeros behind.
     """
     ends = -(-kv_lens // config.block)
     begins = _first(kv_lens, spec) // config.block
@@ -98,7 +107,8 @@ def decode_plan(kv_lens: jax.Array, spec: AttentionSpec, config: DecodeConfig) -
     row = jnp.sum(line[None, 1:] <= begin[:, None], axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, kv_lens.shape[0] - 1)
     head = (begin - line[row]) // jnp.maximum(starts[row + 1] - starts[row], 1)
-    return starts, jnp.stack([begin, jnp.minimum(begin + share, line[-1]), row, head], axis=1)
+    shares = jnp.stack([begin, jnp.minimum(begin + share, line[-1]), row, head], axis=1)
+    return starts, shares, jnp.zeros(kv_lens.shape[0] * spec.kv_heads, jnp.int32)
 
 
 def _first(kv_lens: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -113,9 +123,12 @@ def paged_decode(
     v_pages: jax.Array,
     kv_lens: jax.Array,
     block_tables: jax.Array,
-    plan: tuple[jax.Array, jax.Array],
+    plan: Plan,
     row_tokens: jax.Array | None = None,
     out: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     spec: AttentionSpec,
     scale: float,
@@ -124,59 +137,64 @@ def paged_decode(
     """Attention of one query per row.
 
     Args:
-      q: [T, heads, head_dim]; k_pages, v_pages, kv_lens, block_tables: as in `paged_attention`.
+      q: [T, heads, head_dim]; k_scale, v_scale: float32 [kv_heads] where spec.kv_scales; k_pages, v_pages,
+        block_tables, sinks: as in `paged_attention`.
+      kv_lens: int32 [R]; 0 for a row whose result is zeros, negative for one to leave alone.
       plan: decode_plan of kv_lens.
       row_tokens: int32 [R], the token of each row's query; None: row r is token r (T == R).
-      out: [T, heads, head_dim], with row_tokens only: the results of rows with tokens are written into it, in place
-        where it can be; the rest of it stays.
-    Returns: [T, heads, head_dim]; without row_tokens, rows without tokens get zeros.
+      out: [T, heads, head_dim], with row_tokens only: the results are written into it, in place where it can be; the
+        rest of it stays.
+    Returns: [T, heads, head_dim].
     """
-    tokens, heads, head_dim = q.shape
-    rows = kv_lens.shape[0]
+    tokens, _, head_dim = q.shape
     workers = config.sms * config.workers
-    group_rows = -(-spec.group // 8) * 8
-    partials = jax.ShapeDtypeStruct((workers * 2, group_rows, head_dim), jnp.float32)
-    lse = jax.ShapeDtypeStruct((workers * 2, group_rows), jnp.float32)
+    columns = -(-spec.group // 8) * 8
+    partials = jax.ShapeDtypeStruct((workers * 2, partial_size(spec.group, head_dim)), jnp.float32)
+    lse = jax.ShapeDtypeStruct((workers * 2, columns), jnp.float32)
     ring = functools.partial(plgpu.Barrier, num_barriers=config.workers * config.stages)
-    dense = row_tokens is None
-    # kv_lens only stands in for row_tokens where those are not read.
-    row_tokens = kv_lens if row_tokens is None else row_tokens
-    queries = q.reshape(tokens * spec.kv_heads, spec.group, head_dim)
-    operands = (queries, k_pages, v_pages, kv_lens, block_tables.reshape(-1), row_tokens)
-    out_shape = (tokens * spec.kv_heads, spec.group, head_dim)
+    staged = plgpu.Barrier(num_barriers=config.workers * 2)
+    operand_dtype = q.dtype if k_pages.dtype.itemsize == 2 else jnp.dtype(jnp.float16)
+    pairs = tokens * spec.kv_heads
+    operands = (
+        q.reshape(pairs, spec.group, head_dim),
+        k_pages,
+        v_pages,
+        kv_lens,
+        block_tables.reshape(-1),
+        # What is off is not read; kv_lens only stands in for it.
+        kv_lens if row_tokens is None else row_tokens,
+        kv_lens if sinks is None else sinks.astype(jnp.float32).reshape(spec.kv_heads, spec.group),
+        *(kv_lens if x is None else x for x in (k_scale, v_scale)),
+        *plan,
+    )
+    out_shape = (pairs, spec.group * head_dim)
     run = functools.partial(
         launch,
-        functools.partial(_decode_kernel, spec=spec, scale=scale, config=config, dense=dense),
+        functools.partial(_decode_kernel, spec=spec, scale=scale, config=config, dense=row_tokens is None),
         scratch=dict(
             k_smem=tiled_smem((config.workers, config.stages, config.block, head_dim), k_pages.dtype),
             v_smem=tiled_smem((config.workers, config.stages, config.block, head_dim), v_pages.dtype),
+            q_smem=tiled_smem((config.workers, 2, columns, head_dim), operand_dtype),
+            weights_smem=tiled_smem((config.workers, columns, config.block), operand_dtype),
+            scratch=plgpu.SMEM((config.workers, 4 * columns), jnp.float32),
+            last=plgpu.SMEM((config.workers, 1), jnp.int32),
             k_full=ring(num_arrivals=config.block // GRANULE),
             v_full=ring(num_arrivals=config.block // GRANULE),
             k_free=ring(),
             v_free=ring(),
+            q_full=staged,
+            q_free=staged,
         ),
         grid={"sm": config.sms},
         warpgroups=2 * config.workers,
         name="paged_decode",
     )
     if out is None:
-        result, partial, partial_lse = run(
-            (*operands, *plan), out_type=(jax.ShapeDtypeStruct(out_shape, q.dtype), partials, lse)
-        )
-        out_ref = jax.new_ref(result.reshape(tokens * spec.kv_heads, -1), memory_space=plgpu.GMEM)
-    else:
-        pairs_ref = jax.new_ref(out.reshape(out_shape), memory_space=plgpu.GMEM)
-        partial, partial_lse = run((*operands, *plan, pairs_ref), out_type=(partials, lse))
-        out_ref = jax.new_ref(jax.freeze(pairs_ref).reshape(tokens * spec.kv_heads, -1), memory_space=plgpu.GMEM)
-    # Only pairs that were cut, and empty rows, are left to write.
-    launch(
-        functools.partial(combine_kernel, spec=spec, dense=dense),
-        (partial.reshape(workers * 2, -1), partial_lse, row_tokens, plan[0], plan[1], out_ref),
-        scratch={},
-        grid={"row": rows, "head": spec.kv_heads},
-        name="combine_splits",
-    )
-    return jax.freeze(out_ref).reshape(tokens, heads, head_dim)
+        result, *_ = run(operands, out_type=(jax.ShapeDtypeStruct(out_shape, q.dtype), partials, lse))
+        return result.reshape(q.shape)
+    out_ref = jax.new_ref(out.reshape(out_shape), memory_space=plgpu.GMEM)
+    run((*operands, out_ref), out_type=(partials, lse))
+    return jax.freeze(out_ref).reshape(q.shape)
 
 
 def _decode_kernel(
@@ -186,18 +204,28 @@ def _decode_kernel(
     lens_ref: Any,
     tables_ref: Any,
     row_tokens_ref: Any,
+    sinks_ref: Any,
+    k_scale_ref: Any,
+    v_scale_ref: Any,
     starts_ref: Any,
     shares_ref: Any,
+    counters_ref: Any,
     out_ref: Any,
     partial_ref: Any,
     lse_ref: Any,
     *,
     k_smem: Any,
     v_smem: Any,
+    q_smem: Any,
+    weights_smem: Any,
+    scratch: Any,
+    last: Any,
     k_full: Any,
     v_full: Any,
     k_free: Any,
     v_free: Any,
+    q_full: Any,
+    q_free: Any,
     spec: AttentionSpec,
     scale: float,
     config: DecodeConfig,
@@ -207,33 +235,64 @@ def _decode_kernel(
     lane = lax.rem(wg, jnp.int32(config.workers))  # which of the SM's workers this warpgroup belongs to
     worker = lane * config.sms + lax.axis_index("sm")
     begin, end, first_row, first_head = (shares_ref[worker, i] for i in range(4))
-    table_width = tables_ref.shape[0] // lens_ref.shape[0]
+    share = shares_ref[0, 1]  # blocks of every worker but the last ones
+    rows = lens_ref.shape[0]
+    table_width = tables_ref.shape[0] // rows
+    columns, head_dim = q_smem.shape[-2:]
+    permuted = not tiles.values_from_shared(v_smem.dtype, head_dim)
 
     def for_each_segment(body: Callable[[_Segment], None]) -> None:
         """Calls body for every segment of this worker's share, in the same order in both of its warpgroups."""
 
         def one(state: Any) -> Any:
-            position, row, head, step = state
-            row_blocks = starts_ref[row + 1] - starts_ref[row]
-            origin = starts_ref[row] * spec.kv_heads + head * row_blocks
+            position, row, head, ordinal, step, ends, lengths = state
+            start, end_of_row, end_of_next = ends
+            length, next_length = lengths
+            # Read early, used in the next turn: a dependent read here would cost its latency in every turn.
+            later = jnp.minimum(row + 2, rows)
+            after_next, later_length = starts_ref[jnp.minimum(later + 1, rows)], lens_ref[jnp.minimum(later, rows - 1)]
+            row_blocks = end_of_row - start
+            origin = start * spec.kv_heads + head * row_blocks
             blocks = jnp.minimum(end, origin + row_blocks) - position
-            length = lens_ref[row]
             first = lax.div(_first(length, spec), jnp.int32(config.block)) + position - origin
             opens = position == origin
-            segment = _Segment(step, row, head, length, first, blocks, opens, opens & (blocks == row_blocks))
+            whole = opens & (blocks == row_blocks)
+            segment = _Segment(ordinal, step, row, head, length, origin, row_blocks, first, blocks, opens, whole)
             pl.when(blocks > 0)(lambda: body(segment))
             last = (head == spec.kv_heads - 1) | (row_blocks == 0)
-            next_row, next_head = jnp.where(last, row + 1, row), jnp.where(last, 0, head + 1)
-            return position + blocks, next_row, next_head, step + blocks
+            ends = tuple(
+                jnp.where(last, new, old)
+                for new, old in zip(
+                    (end_of_row, end_of_next, after_next), (start, end_of_row, end_of_next), strict=True
+                )
+            )
+            lengths = (jnp.where(last, next_length, length), jnp.where(last, later_length, next_length))
+            row, head = jnp.where(last, row + 1, row), jnp.where(last, 0, head + 1)
+            return position + blocks, row, head, ordinal + (blocks > 0).astype(jnp.int32), step + blocks, ends, lengths
 
-        lax.while_loop(lambda state: state[0] < end, one, (begin, first_row, first_head, jnp.int32(0)))
+        def row_start(row: jax.Array) -> jax.Array:
+            return starts_ref[jnp.minimum(row, rows)]
+
+        start = (
+            begin,
+            first_row,
+            first_head,
+            jnp.int32(0),
+            jnp.int32(0),
+            tuple(row_start(first_row + i) for i in range(3)),
+            tuple(lens_ref[jnp.minimum(first_row + i, rows - 1)] for i in range(2)),
+        )
+        lax.while_loop(lambda state: state[0] < end, one, start)
 
     def ring_slot(step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(config.stages))
 
+    def query_pair(row: jax.Array, head: jax.Array) -> jax.Array:
+        return (row if dense else row_tokens_ref[row]) * spec.kv_heads + head
+
     @pl.when(wg >= config.workers)
     def _copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(config.copy_registers, action="decrease")
 
         def process(segment: _Segment) -> None:
             @pl.loop(0, segment.blocks)
@@ -254,95 +313,180 @@ def _decode_kernel(
 
                     copy_block(ref, sources, segment.head, smem.at[lane, slot], full.at[barrier], count)
 
+                @pl.when(i == 0)
+                def _stage() -> None:
+                    place = lax.rem(segment.ordinal, jnp.int32(2))
+                    barrier = lane * 2 + place
+
+                    @pl.when(segment.ordinal >= 2)
+                    def _() -> None:
+                        plgpu.barrier_wait(q_free.at[barrier])
+
+                    queries = q_ref.at[query_pair(segment.row, segment.head)]
+                    tiles.stage_queries(
+                        queries, q_smem.at[lane, place], permuted=not tiles.keys_from_shared(k_smem.dtype)
+                    )
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(q_full.at[barrier])
+
         for_each_segment(process)
+
+        @pl.loop(0, pl.cdiv(rows, config.sms * config.workers))
+        def _(lap: jax.Array) -> None:
+            row = lap * (config.sms * config.workers) + worker
+
+            @pl.when(row < rows)
+            def _() -> None:
+                @pl.when((lens_ref[row] == 0) if not dense else (lens_ref[row] <= 0))
+                def _() -> None:
+                    whole = out_ref.at[pl.ds(query_pair(row, jnp.int32(0)), spec.kv_heads)]
+                    clear_memory(whole, spec.heads * head_dim * out_ref.dtype.itemsize)
 
     @pl.when(wg < config.workers)
     def _compute() -> None:
-        plgpu.set_max_registers(208, action="increase")
+        plgpu.set_max_registers(config.compute_registers, action="increase")
 
         def process(segment: _Segment) -> None:
-            token = segment.row if dense else row_tokens_ref[segment.row]
-            pair = token * spec.kv_heads + segment.head
-            queries = load_rows(q_ref.at[pair])
+            pair = query_pair(segment.row, segment.head)
+            place = lax.rem(segment.ordinal, jnp.int32(2))
             visible_from = _first(segment.length, spec)
+            score_scale = jnp.float32(scale)
+            if spec.kv_scales:
+                score_scale = score_scale * k_scale_ref[segment.head]
+            plgpu.barrier_wait(q_full.at[lane * 2 + place])
 
-            def block(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
+            def block(i: jax.Array, state: _State, masked: bool) -> _State:
                 slot = ring_slot(segment.step + i)
                 barrier = lane * config.stages + slot
                 begin = (segment.first + i) * config.block
                 return _attend_block(
-                    queries,
+                    q_smem.at[lane, place],
                     k_smem.at[lane, slot],
                     v_smem.at[lane, slot],
+                    weights_smem.at[lane],
+                    scratch.at[lane],
                     (k_full.at[barrier], v_full.at[barrier], k_free.at[barrier], v_free.at[barrier]),
-                    segment.length - begin,
-                    visible_from - begin,
+                    (visible_from - begin, segment.length - begin) if masked else None,
                     state,
-                    masked=masked,
-                    spec=spec,
-                    scale=scale,
-                    config=config,
+                    scale=score_scale,
+                    soft_cap=spec.soft_cap,
                 )
 
-            state = (tile(0, spec.head_dim), column(MASKED), column(0))
+            column = functools.partial(jnp.full, (columns,), dtype=jnp.float32)
+            state = (
+                tile(0, columns, tiles.padded_rows(head_dim)),
+                plgpu.layout_cast(column(MASKED), tiles.COLUMNS),
+                tile(0, columns, config.block),
+            )
             whole = jnp.minimum(lax.div(segment.length, jnp.int32(config.block)) - segment.first, segment.blocks)
             if spec.window is not None or spec.chunk is not None:
                 whole = jnp.int32(0)
             state = lax.fori_loop(0, whole, functools.partial(block, masked=False), state)
-            acc, top, total = lax.fori_loop(whole, segment.blocks, functools.partial(block, masked=True), state)
-            acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+            acc, top, weights = lax.fori_loop(whole, segment.blocks, functools.partial(block, masked=True), state)
+            plgpu.barrier_arrive(q_free.at[lane * 2 + place])
+            total = tiles.reduce_tokens(weights, scratch.at[lane], largest=False)
+            factor = jnp.float32(1)
+            if spec.kv_scales:
+                factor = v_scale_ref[segment.head]
+            if spec.sinks:
+                # The sink joins the piece that opens the pair.
+                sink = tiles.load_vector(sinks_ref.at[segment.head], columns) * LOG2E
+                sink = jnp.where(segment.opens, sink, jnp.full_like(sink, MASKED))
+                new_top = jnp.maximum(top, sink)
+                rescale = jnp.exp2(top - new_top)
+                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [1])
+                total = total * rescale + jnp.exp2(sink - new_top)
+                top = new_top
+            acc = acc * lax.broadcast_in_dim(factor / total, acc.shape, [1])
 
             @pl.when(segment.whole)
             def _() -> None:
-                store_rows(out_ref.at[pair], acc.astype(out_ref.dtype), jnp.int32(0), jnp.int32(spec.group))
+                result = acc.astype(out_ref.dtype)
+                tiles.store_columns(out_ref.at[pair], result, spec.group, head_dim, permuted=permuted)
 
             @pl.when(jnp.logical_not(segment.whole))
             def _() -> None:
-                place = worker * 2 + segment.opens.astype(jnp.int32)
-                store_rows(partial_ref.at[place], acc, jnp.int32(0), jnp.int32(spec.group))
-                store_column(lse_ref.at[place], top + jnp.log(total) * LOG2E, jnp.int32(spec.group))
+                piece = worker * 2 + segment.opens.astype(jnp.int32)
+                tiles.store_columns(partial_ref.at[piece], acc, spec.group, head_dim, permuted=permuted)
+                tiles.store_vector(lse_ref.at[piece], top + jnp.log(total) * LOG2E)
+                first_worker = lax.div(segment.origin, share)
+                last_worker = lax.div(segment.origin + segment.row_blocks - 1, share)
+                counter = segment.row * spec.kv_heads + segment.head
+                tiles.last_to_arrive(counters_ref, counter, last_worker - first_worker + 1, last.at[lane])
+
+                @pl.when(last[lane, 0] == 1)
+                def _() -> None:
+                    combine_pieces(partial_ref, lse_ref, out_ref.at[pair], first_worker, last_worker, spec=spec)
 
         for_each_segment(process)
 
 
+_State = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # results [head_dim, columns], maxima [columns], weights [block, columns]
+
+
 def _attend_block(
-    queries: jax.Array,
+    q_smem: Any,
     k_smem: Any,
     v_smem: Any,
+    weights_smem: Any,
+    scratch: Any,
     barriers: tuple[Any, Any, Any, Any],
-    end: jax.Array,
-    begin: jax.Array,
-    state: tuple[jax.Array, ...],
+    visible: tuple[jax.Array, jax.Array] | None,
+    state: _State,
     *,
-    masked: bool,
-    spec: AttentionSpec,
-    scale: float,
-    config: DecodeConfig,
-) -> tuple[jax.Array, ...]:
-    """One step of the online softmax over all of a block, or where masked over its tokens [begin, end)."""
+    scale: jax.Array,
+    soft_cap: float | None,
+) -> _State:
+    """One step of the online softmax over all of a block, or over its tokens [visible[0], visible[1]).
+
+    The third part of the state is the sum of weights, still apart by token modulo the block.
+    """
     k_full, v_full, k_free, v_free = barriers
     acc, top, total = state
+    k_shared = tiles.keys_from_shared(k_smem.dtype)
+    v_shared = tiles.values_from_shared(v_smem.dtype, v_smem.shape[1])
     plgpu.barrier_wait(k_full)
+    keys = k_smem if k_shared else tiles.key_fragments(k_smem)
+    if not k_shared:
+        plgpu.barrier_arrive(k_free)
 
-    def scores(acc_ref: Any) -> jax.Array:
-        plgpu.wgmma(acc_ref, queries, k_smem.transpose((1, 0)))
-        return acc_ref[...]
+    def load_values() -> jax.Array:
+        plgpu.barrier_wait(v_full)
+        if visible is not None:
+            tiles.clear_tokens_outside(v_smem, *visible)
+        values = tiles.value_fragments(v_smem)
+        plgpu.barrier_arrive(v_free)
+        return values
 
-    qk = pl.run_scoped(scores, plgpu.ACC((TILE_ROWS, config.block), jnp.float32))
-    plgpu.barrier_arrive(k_free)
-    qk = qk * (scale * LOG2E) if spec.soft_cap is None else cap_scores(qk * scale, spec.soft_cap) * LOG2E
-    if masked:
-        token = tile_iota((TILE_ROWS, config.block), 1)
-        qk = jnp.where((token < end) & (token >= begin), qk, -jnp.inf)
-    new_top = jnp.maximum(top, qk.max(axis=1))
+    def scores(acc_ref: Any) -> Any:
+        plgpu.wgmma(acc_ref, keys, q_smem.transpose((1, 0)))
+        values = None if v_shared else load_values()  # while the product runs
+        return acc_ref[...], values
+
+    qk, values = pl.run_scoped(scores, plgpu.ACC((total.shape[0], total.shape[1]), jnp.float32))
+    if k_shared:
+        plgpu.barrier_arrive(k_free)
+    factor = scale * LOG2E
+    if soft_cap is not None:
+        qk, factor = cap_scores(qk * scale, soft_cap), jnp.float32(LOG2E)
+    if visible is not None:
+        token = tile_iota((qk.shape[0], qk.shape[1]), 0)
+        qk = jnp.where((token < visible[1]) & (token >= visible[0]), qk, -jnp.inf)
+    new_top = jnp.maximum(top, tiles.reduce_tokens(qk, scratch, largest=True) * factor)
     rescale = jnp.exp2(top - new_top)
-    weights = jnp.exp2(qk - lax.broadcast_in_dim(new_top, qk.shape, [0]))
-    total = total * rescale + weights.sum(axis=1)
-    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-    plgpu.barrier_wait(v_full)
-    if masked:
-        clear_rows_from(v_smem, end)
-    weights = weights.astype(v_smem.dtype)
-    acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, v_smem))(plgpu.ACC.init(acc))
-    plgpu.barrier_arrive(v_free)
+    weights = scaled_exp2(qk, factor, new_top, 1)
+    total = total * lax.broadcast_in_dim(rescale, total.shape, [1]) + weights
+    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [1])
+    tiles.store_weights(weights_smem, weights.astype(weights_smem.dtype))
+    if v_shared:
+        plgpu.barrier_wait(v_full)
+        if visible is not None:
+            tiles.clear_tokens_outside(v_smem, *visible)
+        values = v_smem.transpose((1, 0))
+    plgpu.commit_smem()
+    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, values, weights_smem.transpose((1, 0))))(plgpu.ACC.init(acc))
+    if v_shared:
+        plgpu.barrier_arrive(v_free)
     return acc, new_top, total

@@ -1,7 +1,7 @@
 """Ragged paged prefill on Hopper: FlashAttention over a device work list of query tiles, in Pallas Mosaic GPU.
 
-One warpgroup copies, two compute 64 queries each (see `flash`). The grid is persistent; tiles are dealt out longest
-first, in alternating direction, which evens out causal work without atomics.
+One warpgroup copies, and widens a float8 cache; two compute 64 queries each (see `flash`). The grid is persistent;
+tiles are dealt out longest first, in alternating direction, which evens out causal work without atomics.
 """
 
 from __future__ import annotations
@@ -23,13 +23,23 @@ from pjengine.pallas_kernels.flash import (
     Ring,
     State,
     attend_block,
+    finish,
     initial_state,
     ring_scratch,
     take_turn,
 )
 from pjengine.pallas_kernels.masking import first_visible, visible
-from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, launch, store_rows, tile_iota, tiled_smem
+from pjengine.pallas_kernels.mosaic_common import (
+    LOG2E,
+    TILE_ROWS,
+    clear_memory,
+    launch,
+    store_rows,
+    tile_iota,
+    tiled_smem,
+)
 from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources
+from pjengine.pallas_kernels.paged.widen import widen_block
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 
@@ -39,12 +49,13 @@ class PrefillConfig:
 
     Attributes:
       block: KV tokens per step, a multiple of 64.
-      stages: blocks of K, and of V, in flight.
+      stages: blocks of K, and of V, in flight; query_stages: tiles of queries.
       sms: streaming multiprocessors of the device.
     """
 
     block: int
     stages: int
+    query_stages: int
     sms: int
 
 
@@ -56,7 +67,7 @@ class _Item:
       lap: how many items this SM had before; step: KV blocks it had before.
       head: query head; row: of the batch.
       token: first token of the tile; begin, end: the row's own queries in it; position: of its first token in the row.
-      first, blocks: the KV blocks to read.
+      length: the row's KV tokens; first, blocks: the KV blocks to read.
     """
 
     lap: jax.Array
@@ -67,6 +78,7 @@ class _Item:
     begin: jax.Array
     end: jax.Array
     position: jax.Array
+    length: jax.Array
     first: jax.Array
     blocks: jax.Array
 
@@ -77,9 +89,9 @@ def prefill_plan(query_starts: jax.Array, counts: jax.Array, kv_lens: jax.Array,
     Args:
       query_starts: int32 [R + 1]; counts: int32 [R], queries of each row, 0 for rows to leave out; kv_lens: int32 [R];
       tokens: static upper bound of the sum of counts.
-    Returns: int32 [items, 5], longest first: first token of the tile (a multiple of 8: copies begin there), first and
-      end of the row's own queries in the tile, position of the tile's first token, row. In a padding item the end is 0;
-      those come last.
+    Returns: int32 [items, 6], longest first: first token of the tile (a multiple of 8: copies begin there), first and
+      end of the row's own queries in the tile, position of the tile's first token, row, the row's KV tokens. In a
+      padding item the end is 0; those come last.
     """
     rows = counts.shape[0]
     skew = query_starts[:-1] % 8
@@ -91,8 +103,8 @@ def prefill_plan(query_starts: jax.Array, counts: jax.Array, kv_lens: jax.Array,
     offset = (items - (ends - tiles)[row]) * TILE - skew[row]  # of the tile's first token from the row's first
     stop = jnp.where(items < ends[-1], jnp.minimum(counts[row] - offset, TILE), 0)
     position = kv_lens[row] - counts[row] + offset
-    plan = jnp.stack([query_starts[row] + offset, jnp.maximum(-offset, 0), stop, position, row], axis=1)
-    return plan.astype(jnp.int32)[jnp.argsort(jnp.where(stop > 0, -(position + stop), 1), stable=True)]
+    plan = jnp.stack([query_starts[row] + offset, jnp.maximum(-offset, 0), stop, position, row, kv_lens[row]], axis=1)
+    return plan.astype(jnp.int32)[jnp.argsort(jnp.where(stop > 0, -jnp.maximum(position + stop, 0), 1), stable=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))
@@ -103,32 +115,56 @@ def paged_prefill(
     kv_lens: jax.Array,
     block_tables: jax.Array,
     plan: jax.Array,
+    tokens: jax.Array,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     spec: AttentionSpec,
     scale: float,
     config: PrefillConfig,
 ) -> jax.Array:
-    """Attention of the plan's queries; other tokens get zeros. q: [T, heads, head_dim]. Returns q's shape."""
+    """Attention of the plan's queries; tokens that no row owns get zeros, those of rows outside the plan stay unset.
+
+    Args:
+      q: [T, heads, head_dim]; tokens: int32 [1], how many of them rows own; sinks: [heads]; k_scale, v_scale:
+        float32 [kv_heads] where spec.kv_scales; others as in `paged_attention`.
+    Returns: q's shape.
+    """
     head_dim = spec.head_dim
     copies = config.block // _copy_size(spec, config)
-    out_ref = jax.new_ref(jnp.zeros_like(q), memory_space=plgpu.GMEM)
+    widens = k_pages.dtype != q.dtype
+    ring_copies = 1 if widens else copies
+    narrow = {}
+    if widens:
+        block = tiled_smem((config.block, head_dim), k_pages.dtype)
+        full = plgpu.Barrier(num_arrivals=copies)
+        narrow = dict(k_narrow=block, v_narrow=block, k_narrow_full=full, v_narrow_full=full)
+    # What is off is not read; kv_lens only stands in for it.
+    options = (
+        kv_lens if sinks is None else sinks.astype(jnp.float32),
+        *(kv_lens if x is None else x for x in (k_scale, v_scale)),
+    )
+    out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
     # TMA wants whole tiles of 8 rows. Only q is padded: a slice behind an in-place call loses what the call left alone.
     q = jnp.pad(q, ((0, -q.shape[0] % 8), (0, 0), (0, 0)))
-    launch(
+    (out,) = launch(
         functools.partial(_prefill_kernel, spec=spec, scale=scale, config=config),
-        (q, k_pages, v_pages, kv_lens, block_tables.reshape(-1), plan, out_ref),
+        (q, k_pages, v_pages, kv_lens, block_tables.reshape(-1), plan, tokens, *options),
+        out_type=(out_type,),
         scratch=dict(
-            q_smem=tiled_smem((2, COMPUTE_WARPGROUPS, TILE_ROWS, head_dim), q.dtype),
-            q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            turns=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            **ring_scratch(config.stages, config.block, head_dim, k_pages.dtype, copies),
+            q_smem=tiled_smem((config.query_stages, COMPUTE_WARPGROUPS, TILE_ROWS, head_dim), q.dtype),
+            q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.query_stages),
+            q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.query_stages),
+            **({"turns": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)} if config.query_stages > 1 else {}),
+            **narrow,
+            **ring_scratch(config.stages, config.block, head_dim, q.dtype, ring_copies),
         ),
         grid={"sm": config.sms},
         warpgroups=COMPUTE_WARPGROUPS + 1,
         name="paged_prefill",
     )
-    return jax.freeze(out_ref)
+    return out
 
 
 def _copy_size(spec: AttentionSpec, config: PrefillConfig) -> int:
@@ -143,12 +179,20 @@ def _prefill_kernel(
     lens_ref: Any,
     tables_ref: Any,
     plan_ref: Any,
+    tokens_ref: Any,
+    sinks_ref: Any,
+    k_scale_ref: Any,
+    v_scale_ref: Any,
     out_ref: Any,
     *,
     q_smem: Any,
     q_full: Any,
     q_free: Any,
-    turns: Any,
+    turns: Any = None,
+    k_narrow: Any = None,
+    v_narrow: Any = None,
+    k_narrow_full: Any = None,
+    v_narrow_full: Any = None,
     spec: AttentionSpec,
     scale: float,
     config: PrefillConfig,
@@ -163,33 +207,37 @@ def _prefill_kernel(
     def for_each_item(body: Callable[[_Item], None]) -> None:
         """Calls body for every work item of this SM, in the same order in every warpgroup."""
 
-        def one(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            lap, step, _ = state
+        def read(lap: jax.Array) -> tuple[jax.Array, ...]:
+            """(head, the plan's entry) of this SM's item; the end of a padding item is 0."""
             place = lap * config.sms + jnp.where(lax.rem(lap, jnp.int32(2)) == 0, sm, config.sms - 1 - sm)
             index = jnp.minimum(lax.div(place, jnp.int32(spec.heads)), items - 1)
-            token, begin, end, position, row = (plan_ref[index, i] for i in range(5))
+            token, begin, end, position, row, length = (plan_ref[index, i] for i in range(6))
             end = jnp.where(place < items * spec.heads, end, 0)
+            return lax.rem(place, jnp.int32(spec.heads)), token, begin, end, position, row, length
+
+        def one(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            lap, step, entry = state
+            following = read(lap + 1)  # early: its latency passes behind this item
+            head, token, begin, end, position, row, length = entry
             lowest = first_visible(jnp.maximum(position, 0), window=spec.window, chunk=spec.chunk)
             first = lax.div(lowest, block)
-            blocks = jnp.where(end > 0, lax.div(position + end + (config.block - 1), block) - first, 0)
-            head = lax.rem(place, jnp.int32(spec.heads))
-            item = _Item(lap, step, head, row, token, begin, end, position, first, blocks)
-            pl.when(end > 0)(lambda: body(item))
-            # Padding items come last: the next lap's first item tells all SMs alike whether there is a next lap.
-            lead = jnp.minimum(lax.div((lap + 1) * config.sms, jnp.int32(spec.heads)), items - 1)
-            more = (plan_ref[lead, 2] > 0) & ((lap + 1) * config.sms < items * spec.heads)
-            return lap + 1, step + blocks, more
+            # A row without KV tokens has no blocks.
+            blocks = jnp.maximum(lax.div(position + end + (config.block - 1), block) - first, 0)
+            item = _Item(lap, step, head, row, token, begin, end, position, length, first, blocks)
+            body(item)
+            return lap + 1, step + blocks, following
 
-        lax.while_loop(lambda state: state[2], one, (jnp.int32(0), jnp.int32(0), plan_ref[0, 2] > 0))
+        # Padding items come last, so that an SM's first one ends its list.
+        lax.while_loop(lambda state: state[2][3] > 0, one, (jnp.int32(0), jnp.int32(0), read(jnp.int32(0))))
 
     @pl.when(wg == COMPUTE_WARPGROUPS)
     def _copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(40 if k_narrow is None else 72, action="decrease")
 
         def process(item: _Item) -> None:
-            q_slot = lax.rem(item.lap, jnp.int32(2))
+            q_slot = lax.rem(item.lap, jnp.int32(config.query_stages))
 
-            @pl.when(item.lap >= 2)
+            @pl.when(item.lap >= config.query_stages)
             def _() -> None:
                 plgpu.barrier_wait(q_free.at[q_slot])
 
@@ -198,9 +246,8 @@ def _prefill_kernel(
                 plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, i], q_full.at[q_slot])
             kv_head = lax.div(item.head, jnp.int32(spec.group))
 
-            @pl.loop(0, item.blocks)
-            def _(i: jax.Array) -> None:
-                sources = copy_sources(
+            def sources(i: jax.Array) -> Any:
+                return copy_sources(
                     tables_ref,
                     item.row * table_width,
                     item.first + i,
@@ -209,20 +256,58 @@ def _prefill_kernel(
                     size=_copy_size(spec, config),
                 )
 
-                def copy(name: str, smem: Any, barrier: Any) -> None:
-                    copy_block(k_ref if name == "k" else v_ref, sources, kv_head, smem, barrier)
+            if k_narrow is None:
 
-                ring.fill(item.step + i, copy)
+                @pl.loop(0, item.blocks)
+                def _(i: jax.Array) -> None:
+                    places = sources(i)
+
+                    def copy(name: str, smem: Any, barrier: Any) -> None:
+                        copy_block(k_ref if name == "k" else v_ref, places, kv_head, smem, barrier)
+
+                    ring.fill(item.step + i, copy)
+
+                return
+
+            narrow = {"k": (k_ref, k_narrow, k_narrow_full), "v": (v_ref, v_narrow, v_narrow_full)}
+
+            def start(name: str, i: jax.Array) -> None:
+                ref, smem, full = narrow[name]
+                copy_block(ref, sources(i), kv_head, smem, full)
+
+            @pl.when(item.blocks > 0)
+            def _() -> None:
+                start("k", jnp.int32(0))
+                start("v", jnp.int32(0))
+
+            @pl.loop(0, item.blocks)
+            def _(i: jax.Array) -> None:
+                def widen(name: str, smem: Any, barrier: Any) -> None:
+                    _, source, full = narrow[name]
+                    plgpu.barrier_wait(full)
+                    widen_block(source, smem)
+                    plgpu.commit_smem()  # also: every thread has read `source`
+                    plgpu.barrier_arrive(barrier)
+                    pl.when(i + 1 < item.blocks)(lambda: start(name, i + 1))
+
+                ring.fill(item.step + i, widen)
 
         for_each_item(process)
+        heads_bytes = spec.heads * spec.head_dim * out_ref.dtype.itemsize
+
+        @pl.loop(0, pl.cdiv(out_ref.shape[0], config.sms))
+        def _(lap: jax.Array) -> None:
+            token = tokens_ref[0] + lap * config.sms + sm
+            pl.when(token < out_ref.shape[0])(lambda: clear_memory(out_ref.at[token], heads_bytes))
 
     @pl.when(wg < COMPUTE_WARPGROUPS)
     def _compute() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(232 if k_narrow is None else 216, action="increase")
 
         def process(item: _Item) -> None:
-            q_slot = lax.rem(item.lap, jnp.int32(2))
-            length = lens_ref[item.row]
+            q_slot = lax.rem(item.lap, jnp.int32(config.query_stages))
+            kv_head = lax.div(item.head, jnp.int32(spec.group))
+            score_scale = scale * k_scale_ref[kv_head] if spec.kv_scales else scale
             own = item.position + wg * TILE_ROWS  # position of this warpgroup's first query
             plgpu.barrier_wait(q_full.at[q_slot])
 
@@ -239,10 +324,10 @@ def _prefill_kernel(
                     turns,
                     item.step + i,
                     state,
-                    scale=scale,
+                    scale=score_scale,
                     soft_cap=spec.soft_cap,
                     mask=mask if masked else None,
-                    tokens=length - first_key if masked else None,
+                    tokens=item.length - first_key if masked else None,
                 )
 
             state = initial_state(spec.head_dim)
@@ -251,9 +336,11 @@ def _prefill_kernel(
                 unmasked = jnp.int32(0)
             unmasked = jnp.clip(unmasked, 0, item.blocks)
             state = lax.fori_loop(0, unmasked, functools.partial(attend, masked=False), state)
-            acc, _, total = lax.fori_loop(unmasked, item.blocks, functools.partial(attend, masked=True), state)
+            state = lax.fori_loop(unmasked, item.blocks, functools.partial(attend, masked=True), state)
             plgpu.barrier_arrive(q_free.at[q_slot])
-            acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+            acc, total = finish(state, sinks_ref[item.head] * LOG2E if spec.sinks else None)
+            factor = v_scale_ref[kv_head] / total if spec.kv_scales else 1 / total
+            acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
             target = out_ref.at[pl.ds(item.token + wg * TILE_ROWS, TILE_ROWS), item.head]
             store_rows(target, acc.astype(out_ref.dtype), item.begin - wg * TILE_ROWS, item.end - wg * TILE_ROWS)
 

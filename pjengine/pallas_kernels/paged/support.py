@@ -12,14 +12,12 @@ def mosaic_refusal(spec: AttentionSpec, target: Target) -> str | None:
         return f"needs compute capability 9.0, got {target.compute_capability}"
     if spec.dtype not in ("bfloat16", "float16"):
         return f"the tensor cores take bfloat16 and float16, got {spec.dtype}"
-    if spec.kv_dtype != spec.dtype:
-        return f"q and the cache must have one dtype, got {spec.dtype} and {spec.kv_dtype}"
-    if spec.head_dim not in (64, 128):
-        return f"head_dim must be 64 or 128, got {spec.head_dim}"
+    if spec.kv_dtype not in (spec.dtype, "float8_e4m3fn"):
+        return f"the cache must have q's dtype or be float8_e4m3fn, got {spec.dtype} and {spec.kv_dtype}"
+    if spec.head_dim not in (64, 80, 96, 128, 256):
+        return f"head_dim must be 64, 80, 96, 128 or 256, got {spec.head_dim}"
     if spec.group > 16:
         return f"at most 16 query heads per KV head, got {spec.group}"
     if spec.page_size not in (16, 32, 64, 128):
         return f"page_size must be 16, 32, 64 or 128, got {spec.page_size}"
-    if spec.sinks or spec.kv_scales:
-        return "attention sinks and KV scales are not implemented"
     return None

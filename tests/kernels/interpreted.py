@@ -1,0 +1,212 @@
+"""Mosaic kernels on the CPU: JAX's interpreter for their control flow, plain JAX for what it cannot interpret.
+
+The interpreter (private, unfinished) knows loops, copies, barriers and threads, but not layouts, accumulators that
+start with a value, transposed operands, or inlined Mosaic code. `interpreted` puts plain JAX in the place of those, by
+name; a kernel's loops, work lists, rings, masks and hand-overs between warpgroups run as they are.
+
+A warpgroup that waits blocks one of XLA's threads: two warpgroups are safe on a machine of two cores, three may hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
+
+from pjengine.pallas_kernels import flash, mosaic_common
+from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
+
+
+class _Accumulator:
+    """A wgmma accumulator as a value: kernels use one only inside one scope."""
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.value
+
+    def __setitem__(self, index: Any, value: jax.Array) -> None:
+        self.value = value
+
+
+def _operand(x: Any) -> jax.Array:
+    """The value of a wgmma operand: an array, or a reference that may end in a transposition."""
+    if isinstance(x, jax.Array):
+        return x
+    transforms = getattr(x, "transforms", ())
+    if transforms and type(transforms[-1]).__name__ in ("TransposeRef", "TransposeTransform"):
+        return type(x)(x.ref, transforms[:-1])[...].T
+    return x[...]
+
+
+def _wgmma(acc: _Accumulator, a: Any, b: Any) -> None:
+    acc.value += jnp.dot(_operand(a).astype(jnp.float32), _operand(b).astype(jnp.float32), precision="highest")
+
+
+def _run_scoped(body: Callable[..., Any], *accumulators: Any, **scratch: Any) -> Any:
+    if not accumulators:
+        return pl.run_scoped(body, **scratch)
+    return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in accumulators))
+
+
+def _run_state(body: Callable[[Any], None]) -> Callable[[jax.Array], jax.Array]:
+    def run(value: jax.Array) -> jax.Array:
+        acc = _Accumulator(value)
+        body(acc)
+        return acc.value
+
+    return run
+
+
+class _Acc:
+    def __new__(cls, shape: tuple[int, ...], dtype: Any) -> Any:
+        return shape
+
+    @staticmethod
+    def init(value: jax.Array) -> jax.Array:
+        return value
+
+
+def _launch(
+    body: Any,
+    operands: tuple[Any, ...],
+    *,
+    scratch: dict[str, Any],
+    grid: dict[str, int],
+    name: str,
+    warpgroups: int = 1,
+    out_type: tuple[Any, ...] = (),
+) -> Any:
+    def kernel(*refs: Any) -> None:
+        pl.run_scoped(lambda **scoped: body(*refs, **scoped), collective_axes="wg", **scratch)
+
+    mesh = plgpu.Mesh(
+        grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups, thread_name="wg", kernel_name=name
+    )
+    interpret = params.InterpretGPUParams(detect_races=False)
+    return pl.kernel(kernel, out_type=out_type, mesh=mesh, interpret=interpret, name=name)(*operands)
+
+
+def _deallocate(barrier: Any) -> None:
+    """Without the interpreter's check that every last arrival is waited for: a ring's last ones need not be."""
+    with barrier.cv:
+        barrier.ref_count -= 1
+
+
+def _store_rows(ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) -> None:
+    @pl.loop(jnp.maximum(begin, 0), jnp.minimum(end, values.shape[0]))
+    def _(row: jax.Array) -> None:
+        ref[row] = lax.dynamic_index_in_dim(values, row, keepdims=False)
+
+
+def _scaled_exp2(x: jax.Array, scale: Any, shift: jax.Array, dimension: int) -> jax.Array:
+    return jnp.exp2(x * scale - lax.broadcast_in_dim(shift, x.shape, [dimension]))
+
+
+def _clear_rows_from(smem: Any, end: jax.Array) -> None:
+    _clear_tokens_outside(smem, jnp.int32(0), end)
+
+
+def _clear_tokens_outside(smem: Any, begin: jax.Array, end: jax.Array) -> None:
+    row = lax.broadcasted_iota(jnp.int32, smem.shape, 0)
+    smem[...] = jnp.where((row >= begin) & (row < end), smem[...], 0).astype(smem.dtype)
+
+
+def _clear_memory(ref: Any, nbytes: int) -> None:
+    ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+
+def _stage_queries(queries: Any, smem: Any, *, permuted: bool) -> None:
+    values = queries[...].astype(smem.dtype)
+    smem[...] = jnp.pad(values, ((0, smem.shape[0] - values.shape[0]), (0, 0)), mode="edge")
+
+
+def _reduce_tokens(values: jax.Array, scratch: Any, *, largest: bool) -> jax.Array:
+    return values.max(0) if largest else values.sum(0)
+
+
+def _store_weights(smem: Any, weights: jax.Array) -> None:
+    smem[...] = weights.T
+
+
+def _store_columns(ref: Any, values: jax.Array, group: int, head_dim: int, *, permuted: bool) -> None:
+    ref[pl.ds(0, group * head_dim)] = values[:head_dim].T[:group].reshape(-1).astype(ref.dtype)
+
+
+def _last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any) -> None:
+    """Not atomic: the interpreter runs one block after the other, so one worker per block must be all there is."""
+    arrived = counters[index] + 1
+    last = arrived == pieces
+    counters[index] = jnp.where(last, 0, arrived)
+    flag[0] = last.astype(jnp.int32)
+
+
+def _value_fragments(smem: Any) -> jax.Array:
+    rows = decode_tiles.padded_rows(smem.shape[1])
+    return jnp.pad(smem[...].astype(jnp.float32).T, ((0, rows - smem.shape[1]), (0, 0)))
+
+
+_SHARED = {
+    "launch": _launch,
+    "tiled_smem": lambda shape, dtype: plgpu.SMEM(shape, dtype),
+    "tile": lambda value, columns, rows=64: jnp.full((rows, columns), value, jnp.float32),
+    "column": lambda value, rows=64: jnp.full((rows,), value, jnp.float32),
+    "tile_iota": lambda shape, dimension: lax.broadcasted_iota(jnp.int32, shape, dimension),
+    "load_whole": lambda ref, layout, optimized=True: ref[...],
+    "store_rows": _store_rows,
+    "scaled_exp2": _scaled_exp2,
+    "clear_rows_from": _clear_rows_from,
+    "clear_memory": _clear_memory,
+    "store_prefix": lambda ref, values, layout, size: ref.__setitem__(..., values[:size]),
+    "widen_block": lambda source, target: target.__setitem__(..., source[...].astype(target.dtype)),
+}
+_TILES = {
+    "stage_queries": _stage_queries,
+    "key_fragments": lambda smem: smem[...].astype(jnp.float32),
+    "value_fragments": _value_fragments,
+    "reduce_tokens": _reduce_tokens,
+    "store_weights": _store_weights,
+    "store_columns": _store_columns,
+    "load_vector": lambda ref, columns: jnp.pad(ref[...], (0, columns - ref.shape[0]), mode="edge"),
+    "store_vector": lambda ref, values: ref.__setitem__(..., values),
+    "clear_tokens_outside": _clear_tokens_outside,
+    "last_to_arrive": _last_to_arrive,
+}
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside run on the CPU."""
+    pallas = types.SimpleNamespace(**{**vars(pl), "run_scoped": _run_scoped, "run_state": _run_state})
+    mosaic = types.SimpleNamespace(
+        **{
+            **vars(plgpu),
+            "ACC": _Acc,
+            "wgmma": _wgmma,
+            "layout_cast": lambda x, layout: x,
+            "broadcasted_iota": lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
+        }
+    )
+    with contextlib.ExitStack() as stack:
+        for module in (flash, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine):
+            for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
+        for name, value in _TILES.items():
+            stack.enter_context(mock.patch.object(decode_tiles, name, value))
+        stack.enter_context(mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate))
+        try:
+            yield
+        except BaseException:
+            interpret_pallas_call.reset_gpu_interpret_mode_state()
+            raise
