@@ -26,17 +26,20 @@ class EngineConfig:
       load_format: "auto" looks at the files; "dummy" draws random weights of the config's shapes on the device.
       seed: of dummy weights and of requests that bring no seed of their own.
       max_model_len: longest sequence, prompt and output together, in tokens; None: the model's own limit.
-      max_num_seqs: most sequences in a step; None: 256 on a GPU, 64 on a CPU (embedding models: budget / 8).
-      max_num_batched_tokens: token budget of a step; None: 8192 on a GPU, 512 on a CPU (embedding models: measured when
+      max_num_seqs: most sequences in a step; None: 512 on a GPU, 64 on a CPU (embedding models: budget / 8).
+      max_num_batched_tokens: token budget of a step; None: 4096 on a GPU, 512 on a CPU (embedding models: measured when
         the engine starts, where the device is saturated).
       max_wait_ms: embedding models: how long a text may wait on a free device for others to join its batch.
       max_waiting: most requests that may wait; one more is refused with EngineOverloaded.
       page_size: tokens per KV page; None: the device's default.
       num_pages: KV pages of the full-attention group; None: as many as memory allows.
-      gpu_memory_utilization: share of the device's memory the engine may use.
+      gpu_memory_utilization: share of the device's memory the engine may use; None: all but the 1.75 GiB that CUDA
+        takes for itself.
       cpu_kv_bytes: memory for KV pages where there is no GPU, bytes.
       enable_prefix_caching: reuse the pages of equal prompt prefixes.
       attention_backend: one of BACKENDS; "auto" takes the first that can serve the op.
+      eager_buckets: start when the executables of that many step sizes are ready, the two that can run any step first,
+        and compile the others meanwhile; None: when all are.
       compile_cache: directory of compiled executables; None: the XDG cache directory; "": none.
     """
 
@@ -52,10 +55,11 @@ class EngineConfig:
     max_waiting: int = 16384
     page_size: int | None = None
     num_pages: int | None = None
-    gpu_memory_utilization: float = 0.92
+    gpu_memory_utilization: float | None = None
     cpu_kv_bytes: int = 1 << 30
     enable_prefix_caching: bool = True
     attention_backend: str = "auto"
+    eager_buckets: int | None = None
     compile_cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -68,13 +72,12 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             _require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "eager_buckets"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")
-        _require(
-            0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]"
-        )
+        share = self.gpu_memory_utilization
+        _require(share is None or 0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]")
         _require(self.max_wait_ms >= 0, "max_wait_ms", self.max_wait_ms, "at least 0")
         _require(self.cpu_kv_bytes > 0, "cpu_kv_bytes", self.cpu_kv_bytes, "above 0")
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pjengine.batch import init_tables
 from pjengine.config import EngineConfig
 from pjengine.device_cache import page_bytes
 from pjengine.errors import ConfigError, OutOfMemory
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
-from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, plan_memory
+from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget, plan_memory, step_temporaries
 from pjengine.models.loading import choose_dtype, model_of, weight_specs
 from pjengine.models.params import ParamSpec, is_spec
 from pjengine.models.sources import resolve
 from pjengine.models.tasks import head_of
 from pjengine.sampler import init_state
+from pjengine.step_inputs import CacheSpec
 
 # GiB that CUDA reports as a card's whole memory; drivers differ by about one percent.
 DEVICES: Mapping[str, float] = {
@@ -83,7 +85,7 @@ def plan_device(config: EngineConfig, memory: float, tensor_parallel: int = 1) -
     head = head_of(source, module, model, config.task)
     leaves = jax.tree.leaves(weight_specs(module, model, head), is_leaf=is_spec)
     weights = sum(shards.weight_bytes(spec, dtype) for spec in leaves)
-    budget = int(memory * GIB * config.gpu_memory_utilization)
+    budget = device_budget(int(memory * GIB), config.gpu_memory_utilization)
     if head is not None:
         return _embedder_plan(config, model, dtype, shards, budget, weights)
     return _decoder_plan(config, module, model, dtype, shards, budget, weights)
@@ -132,30 +134,9 @@ def _decoder_plan(
     specs = [dataclasses.replace(s, kv_heads=shards.kv_heads(shards.count)) for s in module.cache_specs(model)]
     windows = list(dict.fromkeys(spec.window for spec in specs))
     sizes = page_bytes(specs, limits.page_size, dtype)
-    state = jax.eval_shape(lambda: init_state(limits.max_num_seqs, model.vocab_size))
-    tables = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    rows = min(limits.step_tokens, limits.max_num_seqs)
-    logits = rows * model.vocab_size * 4
-    hidden = limits.step_tokens * model.hidden_size * jnp.dtype(dtype).itemsize
-    temporaries = _activations(limits.step_tokens, model, dtype, shards) + 2 * (logits + hidden) + RESERVE
-    if config.num_pages is not None:
-        pages = (config.num_pages,) * len(sizes)
-        memory = MemoryPlan(budget, weights, temporaries, tables, pages, config.num_pages * sum(sizes))
-        if weights + temporaries + tables + memory.cache > budget:
-            raise OutOfMemory(f"num_pages: {config.num_pages} pages do not fit ({memory}); ask for fewer")
-    else:
-        memory = plan_memory(
-            budget=budget,
-            weights=weights,
-            temporaries=temporaries,
-            tables=tables,
-            page_bytes=sizes,
-            windows=windows,
-            page_size=limits.page_size,
-            max_num_seqs=limits.max_num_seqs,
-            step_tokens=limits.step_tokens,
-            sequence_tokens=limits.window if config.max_model_len else min(limits.window, limits.step_tokens),
-        )
+    memory = decoder_memory(config, specs, model, dtype, limits, budget, weights, shards=shards)
+    if config.num_pages is not None and memory.total > budget:
+        raise OutOfMemory(f"num_pages: {config.num_pages} pages do not fit ({memory}); ask for fewer")
     groups = [CacheGroup(pages, window) for pages, window in zip(memory.pages, windows, strict=True)]
     longest = min(limits.window, KVCacheManager(groups, limits.page_size, False).capacity(limits.step_tokens))
     deciding = [g for g in groups if g.window is None] or groups
@@ -171,24 +152,84 @@ def _decoder_plan(
     )
 
 
+def decoder_memory(
+    config: EngineConfig,
+    specs: Sequence[CacheSpec],
+    model: Any,
+    dtype: Any,
+    limits: Limits,
+    budget: int,
+    weights: int,
+    *,
+    shards: Shards,
+    temporaries: int | None = None,
+) -> MemoryPlan:
+    """The plan of a generating engine, on a device or without one.
+
+    Args:
+      budget, weights: bytes.
+      temporaries: bytes; None: estimated for a GPU.
+    Raises:
+      OutOfMemory: it does not fit; the message holds the numbers.
+    """
+    sizes = page_bytes(specs, limits.page_size, dtype)
+    tables = table_bytes(limits, specs, model.vocab_size)
+    if temporaries is None:
+        temporaries = step_temporaries(
+            tokens=limits.step_tokens,
+            rows=min(limits.step_tokens, limits.max_num_seqs),
+            widths=activation_width(model, shards),
+            hidden_size=model.hidden_size,
+            vocab_size=model.vocab_size,
+            itemsize=jnp.dtype(dtype).itemsize,
+        )
+    if config.num_pages is not None:
+        taken = config.num_pages * sum(sizes)
+        return MemoryPlan(budget, weights, temporaries, tables, (config.num_pages,) * len(sizes), taken)
+    return plan_memory(
+        budget=budget,
+        weights=weights,
+        temporaries=temporaries,
+        tables=tables,
+        page_bytes=sizes,
+        windows=list(dict.fromkeys(spec.window for spec in specs)),
+        page_size=limits.page_size,
+        max_num_seqs=limits.max_num_seqs,
+        step_tokens=limits.step_tokens,
+        # A window that was asked for must fit; the model's own is lowered to what does, but not below one step.
+        sequence_tokens=limits.window if config.max_model_len else min(limits.window, limits.step_tokens),
+    )
+
+
+def table_bytes(limits: Limits, specs: Sequence[CacheSpec], vocab_size: int) -> int:
+    """Bytes of the slots' tables on the device: the sampler's and the block tables."""
+    groups, pages = len({spec.window for spec in specs}), -(-limits.window // limits.page_size)
+
+    def tables() -> Any:
+        return init_state(limits.max_num_seqs, vocab_size), init_tables(groups, limits.max_num_seqs, pages)
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tables)))
+
+
 def _embedder_plan(
     config: EngineConfig, model: Any, dtype: Any, shards: Shards, budget: int, weights: int
 ) -> DevicePlan:
     window = window_of(config, model.max_position_embeddings)
     tokens = embedding_tokens(config, window, gpu=True)
-    memory = MemoryPlan(budget, weights, _activations(tokens, model, dtype, shards) + RESERVE, 0, (), 0)
+    activations = tokens * activation_width(model, shards) * jnp.dtype(dtype).itemsize
+    memory = MemoryPlan(budget, weights, activations + RESERVE, 0, (), 0)
     if memory.weights + memory.temporaries > budget:
         raise OutOfMemory(f"model: it does not fit ({memory}); lower max_num_batched_tokens, or take a larger device")
     return DevicePlan(memory, dtype.name, longest=window)
 
 
-def _activations(tokens: int, model: Any, dtype: Any, shards: Shards) -> int:
-    """Bytes alive at once in a layer, roughly: the residual stream and its norm, and the larger of attention (QKV and
-    output) and MLP (gate, up and their product; for an encoder one fewer, which is neglected).
+def activation_width(model: Any, shards: Shards) -> int:
+    """Elements per token alive at once in a layer, roughly: the residual stream and its norm, and the larger of
+    attention (QKV and output) and MLP (gate, up and their product; for an encoder one fewer, which is neglected).
     """
     attention = 2 * shards.size("qkv", (model.num_heads + 2 * shards.kv_heads(1)) * _head_dim(model))
     mlp = 3 * shards.size("mlp", model.mlp_size)
-    return tokens * (2 * model.hidden_size + max(attention, mlp)) * jnp.dtype(dtype).itemsize
+    return 2 * model.hidden_size + max(attention, mlp)
 
 
 def _head_dim(model: Any) -> int:

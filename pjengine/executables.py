@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import logging
 import os
 import pickle
+import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
@@ -25,6 +29,57 @@ logger = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
 
 _COMPILE_STACK = 64 << 20  # bytes; XLA recurses deeply over unrolled layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Executable:
+    """A `jax.stages.Compiled`, and what a call needs of the device's memory beside its arguments, in bytes.
+
+    Attributes:
+      temporaries: only while it runs.
+      outputs: results that are not written over a donated argument.
+    """
+
+    call: Any
+    temporaries: int
+    outputs: int
+
+    @classmethod
+    def of(cls, compiled: Any) -> Executable:
+        found = compiled.memory_analysis()
+        if found is None:  # not every backend tells
+            return cls(compiled, 0, 0)
+        outputs = max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
+        return cls(compiled, found.temp_size_in_bytes, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """An executable to make.
+
+    Attributes:
+      what: names the kind of program in the log and in the store.
+      key: of the executable, unique over all works.
+      lower: traces and lowers it: returns a `jax.stages.Lowered`.
+      options: of XLA's compiler, beside its defaults.
+      elsewhere: waits for another process that lowers it, so that several may be called at once; where it fails,
+        `lower` does it here.
+    """
+
+    what: str
+    key: Hashable
+    lower: Callable[[], Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    elsewhere: Callable[[], Any] | None = None
+
+
+class Executables(Protocol):
+    """Executables by key, as a `Compilation` has them."""
+
+    @property
+    def finished(self) -> bool: ...
+    def get(self, key: Hashable) -> Executable | None: ...
+    def __getitem__(self, key: Hashable) -> Executable: ...
 
 
 class ExecutableStore:
@@ -47,24 +102,28 @@ class ExecutableStore:
         )
         self._setting = repr(parts)
 
-    def load(self, what: str, key: object) -> Any:
-        """The kept `jax.stages.Compiled`, or None."""
+    def load(self, what: str, key: object) -> Executable | None:
+        """The kept executable, or None."""
         path = self._path(what, key)
         if path is None or not path.is_file():
             return None
         try:
-            return deserialize_and_load(*pickle.loads(path.read_bytes()))
+            serialized, temporaries, outputs = pickle.loads(path.read_bytes())
+            return Executable(deserialize_and_load(*serialized), temporaries, outputs)
         except Exception as error:  # whatever a truncated file or another driver may raise: compiling anew mends it
             logger.warning("%s cannot be loaded (%s); compiling it again", path, error)
             return None
 
-    def keep(self, what: str, key: object, compiled: Any) -> None:
+    def keep(self, what: str, key: object, made: Executable) -> None:
         path = self._path(what, key)
         if path is None:
             return
         partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        partial.write_bytes(pickle.dumps(serialize(compiled)))
-        partial.rename(path)
+        try:
+            partial.write_bytes(pickle.dumps((serialize(made.call), made.temporaries, made.outputs)))
+            partial.rename(path)
+        except Exception as error:  # a full disk, or what cannot be serialized: the next start compiles it again
+            logger.warning("%s cannot be kept (%s)", path, error)
 
     def _path(self, what: str, key: object) -> Path | None:
         if self._directory is None:
@@ -107,6 +166,178 @@ def use_compile_cache(directory: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+class Compilation:
+    """Executables on their way: loaded from the store, or compiled in parallel threads, in the order of the works.
+
+    Loading, tracing and lowering start at once. Compiling waits for `begin`: XLA tries kernels out in the device's
+    memory, which would leave holes between arrays that are put there meanwhile.
+
+    Args:
+      start: gets the works that are not in the store, before any of them is lowered.
+    """
+
+    def __init__(
+        self,
+        works: Iterable[Work],
+        store: ExecutableStore,
+        progress: bool = True,
+        start: Callable[[list[Work]], None] | None = None,
+    ):
+        self._start = start
+        self._works = {work.key: work for work in works}
+        self._store = store
+        self._futures: dict[Hashable, Future[Executable]] = {key: Future() for key in self._works}
+        self._begun: set[Hashable] = set()
+        self._lowered: dict[Hashable, Any] = {}  # that may not be compiled yet
+        self._lock = threading.Lock()
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._kept = 0
+        self._started = time.monotonic()
+        self._bar = tqdm(total=len(self._works), desc="Compiling", disable=not progress, leave=False)
+        old = threading.stack_size(_COMPILE_STACK)
+        try:
+            for _ in range(min(len(self._works), os.cpu_count() or 1)):
+                threading.Thread(target=self._work, name="compile", daemon=True).start()
+            threading.Thread(target=self._prepare, name="lower", daemon=True).start()
+        finally:
+            threading.stack_size(old)
+
+    def begin(self, keys: Collection[Hashable] | None = None) -> None:
+        """Lets these (None: all) be compiled."""
+        with self._lock:
+            self._begun |= self._works.keys() if keys is None else set(keys)
+            for key in [key for key in self._lowered if key in self._begun]:
+                self._submit(key)
+
+    def get(self, key: Hashable) -> Executable | None:
+        """The executable if it is ready."""
+        future = self._futures.get(key)
+        if future is None or not future.done() or future.cancelled() or future.exception():
+            return None
+        return future.result()
+
+    def __getitem__(self, key: Hashable) -> Executable:
+        return self._futures[key].result()
+
+    def wait(self, keys: Collection[Hashable] | None = None) -> None:
+        """Until these (None: all), which must have begun, are ready. Raises what went wrong with one."""
+        for key in self._works if keys is None else keys:
+            self._futures[key].result()
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is on its way."""
+        return all(future.done() for future in self._futures.values())
+
+    def cancel(self) -> None:
+        """Starts nothing more."""
+        with self._lock:
+            for future in self._futures.values():
+                future.cancel()
+            self._bar.close()
+
+    # -- in threads of their own -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self.finished:
+            with contextlib.suppress(queue.Empty):
+                self._tasks.get(timeout=0.2)()
+
+    def _prepare(self) -> None:
+        """Loads what is kept and lowers the rest, one after the other: Python traces one at a time."""
+        loading: list[tuple[Work, Future[Executable | None]]] = []
+        for work in self._works.values():
+            loading.append((work, Future()))
+            self._tasks.put(functools.partial(_settle, loading[-1][1], self._store.load, work.what, work.key))
+        missing = []
+        for work, future in loading:
+            if (found := future.result()) is None:
+                missing.append(work)
+            else:
+                self._kept += 1
+                self._end(work.key, found)
+        if missing and self._start is not None:
+            self._start(missing)
+        for work in sorted(missing, key=lambda work: work.elsewhere is None):
+            if work.elsewhere is not None:
+                self._tasks.put(functools.partial(self._lower, work))
+            else:
+                self._lower(work)
+
+    def _lower(self, work: Work) -> None:
+        if self._futures[work.key].cancelled():
+            return
+        try:
+            lowered = _lowered(work)
+        except Exception as error:
+            self._end(work.key, error)
+            return
+        with self._lock:
+            self._lowered[work.key] = lowered
+            if work.key in self._begun:
+                self._submit(work.key)
+
+    def _submit(self, key: Hashable) -> None:
+        self._tasks.put(functools.partial(self._compile, key, self._lowered.pop(key)))
+
+    def _compile(self, key: Hashable, lowered: Any) -> None:
+        if self._futures[key].cancelled():
+            return
+        work = self._works[key]
+        try:
+            made = Executable.of(_compiled(work, lowered))
+            self._store.keep(work.what, key, made)
+        except Exception as error:
+            self._end(key, error)
+        else:
+            self._end(key, made)
+
+    def _end(self, key: Hashable, found: Executable | Exception) -> None:
+        future = self._futures[key]
+        with self._lock:
+            if future.cancelled():
+                return
+            if isinstance(found, Exception):
+                future.set_exception(found)
+            else:
+                future.set_result(found)
+            self._bar.update()
+            if self.finished:
+                self._bar.close()
+                self._report()
+
+    def _report(self) -> None:
+        made = len(self._works) - self._kept
+        logger.info("executables: %d loaded, %d compiled in %.1f s", self._kept, made, time.monotonic() - self._started)
+
+
+def _lowered(work: Work) -> Any:
+    if work.elsewhere is not None:
+        try:
+            return work.elsewhere()
+        except Exception as error:
+            logger.warning("%s: another process failed to lower it (%s); doing it here", work.key, error)
+    return work.lower()
+
+
+def _compiled(work: Work, lowered: Any) -> Any:
+    options = dict(work.options) or None
+    try:
+        return lowered.compile(compiler_options=options)
+    except Exception as error:
+        if work.elsewhere is None:
+            raise
+        logger.warning("%s: what another process lowered does not compile (%s); lowering it here", work.key, error)
+        return work.lower().compile(compiler_options=options)
+
+
+def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+
+
 def compile_all(
     lowerings: Mapping[K, Callable[[], Any]],
     what: str,
@@ -114,46 +345,18 @@ def compile_all(
     progress: bool = True,
     options: Callable[[K], dict[str, Any]] = lambda key: {},
 ) -> dict[K, Any]:
-    """Loads or compiles every entry; tracing stays on this thread, XLA works in others.
+    """Loads or compiles every entry.
 
     Args:
       lowerings: key -> function that returns a `jax.stages.Lowered`.
-      what: names the work in the progress bar and the store.
-      options: key -> XLA's compiler options.
+      what: names the work in the store.
     Returns: key -> `jax.stages.Compiled`.
     """
-    started = time.monotonic()
-    compiled: dict[K, Any] = {}
-
-    def compile_one(key: K, lowered: Any) -> Any:
-        made = lowered.compile(compiler_options=options(key))
-        store.keep(what, key, made)
-        return made
-
-    old = threading.stack_size(_COMPILE_STACK)
-    try:
-        pool = ThreadPoolExecutor(max(1, min(len(lowerings), os.cpu_count() or 1)), thread_name_prefix="compile")
-        with pool, tqdm(total=len(lowerings), desc=f"Compiling {what}", disable=not progress, leave=False) as bar:
-            loading = {pool.submit(store.load, what, key): key for key in lowerings}
-            compiling: dict[Future[Any], K] = {}
-            for future in as_completed(loading):
-                key = loading[future]
-                if (found := future.result()) is not None:
-                    compiled[key] = found
-                    bar.update()
-            kept = len(compiled)
-            for key, lower in lowerings.items():
-                if key not in compiled:
-                    compiling[pool.submit(compile_one, key, lower())] = key
-            for future in as_completed(compiling):
-                compiled[compiling[future]] = future.result()
-                bar.update()
-    finally:
-        threading.stack_size(old)
-    seconds = time.monotonic() - started
-    message = "%s: %d loaded, %d compiled in %.1f s"
-    logger.info(message, what, kept, len(compiled) - kept, seconds, extra={"phase": what})
-    return compiled
+    compilation = Compilation([Work(what, key, lower) for key, lower in lowerings.items()], store, progress)
+    compilation.begin()
+    compilation.wait()
+    logger.info("%s are ready", what, extra={"phase": what})
+    return {key: compilation[key].call for key in lowerings}
 
 
 def _source_digest() -> str:

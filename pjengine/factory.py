@@ -12,39 +12,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjengine.batch import Bucket, forward_layout, init_tables
+from pjengine.batch import Bucket
 from pjengine.config import EngineConfig
-from pjengine.device_cache import cache_shapes, page_bytes
+from pjengine.cuda_driver import total_memory
+from pjengine.device_cache import cache_shapes
+from pjengine.device_plan import Shards, decoder_memory, table_bytes
 from pjengine.embedding_engine import EmbeddingEngine
 from pjengine.embedding_runner import EmbeddingRunner, embedding_buckets
 from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
-from pjengine.executables import open_store, use_compile_cache
+from pjengine.errors import OutOfMemory
+from pjengine.executables import Compilation, ExecutableStore, Work, open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
-from pjengine.memory_plan import RESERVE, MemoryPlan, plan_memory
-from pjengine.model_runner import ModelRunner, RunnerShape, forward_function, make_buckets
+from pjengine.lowering import LoweringProcesses, Task
+from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget
+from pjengine.model_runner import ModelRunner
 from pjengine.models.heads import Head
-from pjengine.models.loading import choose_dtype, load_source, model_of
+from pjengine.models.loading import choose_dtype, load_source, model_of, weight_specs
+from pjengine.models.params import is_spec
 from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
 from pjengine.pallas_kernels import describe_backends
-from pjengine.sampler import init_state
+from pjengine.pallas_kernels.backends import current_target
 from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
+from pjengine.step_programs import RunnerShape, StepPrograms, cpu_buckets, gpu_buckets
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """A model on the device, and where it came from."""
+    """A model, and where it comes from."""
 
     source: Source
     module: ModuleType
     config: Any
-    params: Any
     dtype: jnp.dtype
+    head: Head | None
+
+    @property
+    def specs(self) -> Any:
+        """Of its weights: a tree of `jax.ShapeDtypeStruct`."""
+        specs = weight_specs(self.module, self.config, self.head)
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype or self.dtype), specs, is_leaf=is_spec)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(spec.size * spec.dtype.itemsize for spec in jax.tree.leaves(self.specs))
+
+    def load(self, seed: int) -> Any:
+        """Its weights on the device."""
+        started = time.monotonic()
+        params = load_source(self.source, self.module, self.config, self.dtype, head=self.head, seed=seed)
+        jax.block_until_ready(params)
+        seconds = time.monotonic() - started
+        # A record's attribute `phase` names what has ended, for those who time the start-up.
+        logger.info("loaded weights as %s in %.1f s", self.dtype, seconds, extra={"phase": "weights"})
+        return params
 
 
 def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | EmbeddingEngine:
@@ -64,11 +90,7 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
     module, model_config = model_of(source)
     dtype = choose_dtype(source, config.dtype)
     head = head_of(source, module, model_config, config.task)
-    params = load_source(source, module, model_config, dtype, head=head, seed=config.seed)
-    model = _Model(source, module, model_config, params, dtype)
-    seconds = time.monotonic() - started
-    # A record's attribute `phase` names what has ended, for those who time the start-up.
-    logger.info("loaded %s as %s in %.1f s", config.model, dtype, seconds, extra={"phase": "weights"})
+    model = _Model(source, module, model_config, dtype, head)
     engine = _make_generator(config, model, progress) if head is None else _make_embedder(config, model, head, progress)
     logger.info("ready in %.1f s: %s", time.monotonic() - started, engine.info, extra={"phase": "cache and tables"})
     return engine
@@ -76,7 +98,9 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
 
 def prepare_device(config: EngineConfig) -> None:
     """Settings that JAX reads when it first touches the device; a program that has done so already keeps its own."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    if (memory := total_memory()) is not None:
+        share = device_budget(memory, config.gpu_memory_utilization) / memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.5f}")
     use_compile_cache(config.compile_cache)
 
 
@@ -85,34 +109,13 @@ def _make_generator(config: EngineConfig, model: _Model, progress: bool) -> Engi
     specs = model.module.cache_specs(model.config)
     limits = limits_of(config, model.config.max_position_embeddings, gpu=gpu)
     backends = _check_backends(config, model, specs, limits.page_size)
-    shape = RunnerShape(
-        # On a CPU XLA multiplies a single row ten times slower than eight.
-        buckets=make_buckets(limits.max_num_seqs, limits.step_tokens, first=1 if gpu else 8, growth=2 if gpu else 8),
-        slots=limits.max_num_seqs,
-        max_pages=-(-limits.window // limits.page_size),
-        page_size=limits.page_size,
-        groups=len(page_bytes(specs, limits.page_size, model.dtype)),
-        vocab_size=model.config.vocab_size,
-        backend=config.attention_backend,
-    )
-    plan = _plan(config, model, specs, shape, limits)
+    runner, plan = _make_runner(config, model, specs, limits, progress)
     windows = dict.fromkeys(spec.window for spec in specs)
     groups = [CacheGroup(pages, w) for pages, w in zip(plan.pages, windows, strict=True)]
     cache = KVCacheManager(groups, limits.page_size, config.enable_prefix_caching)
     window = min(limits.window, cache.capacity(limits.step_tokens))
     if window < limits.window:
         logger.warning("max_model_len: lowered to %d, the longest sequence that %d pages hold", window, min(plan.pages))
-    logger.info("memory: %s", plan, extra={"phase": "memory plan"})
-    runner = ModelRunner(
-        model.module,
-        model.config,
-        model.params,
-        cache_shapes(specs, plan.pages, limits.page_size, model.dtype),
-        shape,
-        frozenset(model.source.eos_token_ids),
-        open_store(config.compile_cache, (model.config, shape, plan.pages, model.dtype.name)),
-        progress,
-    )
     info = EngineInfo(
         model=config.model,
         kind="generate",
@@ -124,8 +127,90 @@ def _make_generator(config: EngineConfig, model: _Model, progress: bool) -> Engi
         page_size=limits.page_size,
         backends=backends,
     )
-    scheduler = Scheduler(cache, limits.max_num_seqs, limits.step_tokens)
+    scheduler = Scheduler(cache, limits.max_num_seqs, runner.step_tokens, runner.programs.shape.step_sizes)
     return Engine(info, scheduler, runner, max_waiting=config.max_waiting, seed=config.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The programs of a plan, on their way."""
+
+    programs: StepPrograms
+    executables: Compilation
+    store: ExecutableStore
+
+    def wait(self, buckets: int | None) -> int:
+        """Until the first buckets (None: all) are ready. Returns: bytes that a step in one of them needs at most."""
+        keys = [work.key for work in self.programs.all_works(buckets)]
+        self.executables.begin(keys)
+        self.executables.wait(keys)
+        ready = [key for key in keys if isinstance(key, Bucket)]
+        return max(self.programs.needed(bucket, self.executables) for bucket in ready)
+
+
+def _start_steps(
+    config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], limits: Limits, plan: MemoryPlan, progress: bool
+) -> _Steps:
+    gpu = jax.default_backend() == "gpu"
+    shape = RunnerShape(
+        buckets=(gpu_buckets if gpu else cpu_buckets)(limits.max_num_seqs, limits.step_tokens),
+        slots=limits.max_num_seqs,
+        max_pages=-(-limits.window // limits.page_size),
+        page_size=limits.page_size,
+        groups=len(plan.pages),
+        vocab_size=model.config.vocab_size,
+        backend=config.attention_backend,
+    )
+    pages = cache_shapes(specs, plan.pages, limits.page_size, model.dtype)
+    programs = StepPrograms(model.module, model.config, model.specs, pages, shape)
+    store = open_store(config.compile_cache, (model.config, shape, plan.pages, model.dtype.name))
+    target = current_target()
+    if target.compute_capability != 90:  # programs are traced for a GPU that is not there for Hopper only
+        return _Steps(programs, Compilation(programs.all_works(), store, progress), store)
+    task = Task(model.module.__name__, model.config, model.specs, programs.cache, programs.shape, target)
+    processes = LoweringProcesses(task, programs)
+
+    def start(works: list[Work]) -> None:
+        processes.start([work.key for work in works if isinstance(work.key, Bucket)])
+
+    works = programs.all_works(elsewhere=processes.lower)
+    return _Steps(programs, Compilation(works, store, progress, start), store)
+
+
+def _make_runner(
+    config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], limits: Limits, progress: bool
+) -> tuple[ModelRunner, MemoryPlan]:
+    """Weights, then executables, then the cache: each finds the device's memory as it expects it."""
+    budget = _budget(config, model, specs, limits)
+    plan = _plan(config, model, specs, limits, budget)
+    logger.info("memory: %s", plan, extra={"phase": "memory plan"})
+    steps = _start_steps(config, model, specs, limits, plan, progress)
+    try:
+        params = model.load(config.seed)
+        needed = steps.wait(config.eager_buckets)
+        gpu = plan.temporaries > 0
+        if gpu and needed > plan.temporaries - RESERVE:
+            again = _plan(config, model, specs, limits, budget, needed + RESERVE)
+            logger.warning("a step needs %.2f GiB, more than was estimated; memory: %s", needed / GIB, again)
+            if again.pages != plan.pages:
+                steps.executables.cancel()
+                steps = _start_steps(config, model, specs, limits, again, progress)
+                steps.wait(config.eager_buckets)
+            plan = again
+        room = plan.temporaries - RESERVE if gpu else None
+        eos = frozenset(model.source.eos_token_ids)
+        runner = ModelRunner(steps.programs, steps.executables, steps.store, params, eos, room)
+        logger.info("executables are ready", extra={"phase": "executables"})
+        steps.executables.begin()
+    except BaseException as error:
+        steps.executables.cancel()
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemory(
+                f"gpu_memory_utilization: the device has less free memory than was planned with ({plan}); end what "
+                "else runs on it, or set a smaller share"
+            ) from error
+        raise
+    return runner, plan
 
 
 def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bool) -> EmbeddingEngine:
@@ -139,7 +224,7 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
     runner = EmbeddingRunner(
         model.module,
         model.config,
-        model.params,
+        model.load(config.seed),
         head,
         token_types=token_types > 1,
         budget=config.max_num_batched_tokens,
@@ -181,48 +266,27 @@ def _check_backends(
     return tuple(rows)
 
 
-def _plan(
-    config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], shape: RunnerShape, limits: Limits
-) -> MemoryPlan:
-    sizes = page_bytes(specs, shape.page_size, model.dtype)
-    weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
-    state = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size))
-    tables = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    if config.num_pages is not None:
-        pages = (config.num_pages,) * shape.groups
-        return MemoryPlan(0, weights, 0, tables, pages, sum(config.num_pages * size for size in sizes))
-    # A window that was asked for must fit; the model's own is lowered to what does, but not below one step.
-    window = limits.window if config.max_model_len else min(limits.window, limits.step_tokens)
+def _budget(config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], limits: Limits) -> int:
+    """Bytes for weights, tables, temporaries and cache."""
     stats = jax.devices()[0].memory_stats()
-    if stats is None:  # a CPU: its memory is the system's
-        budget, temporaries = config.cpu_kv_bytes + weights + tables, 0
-    else:
-        temporaries = _temporaries(model, specs, shape) + RESERVE
-        # What is in use already counts: weights, and whatever else the program holds.
-        budget = stats["bytes_limit"] - (stats["bytes_in_use"] - weights)
-    return plan_memory(
-        budget=budget,
-        weights=weights,
-        temporaries=temporaries,
-        tables=tables,
-        page_bytes=sizes,
-        windows=list(dict.fromkeys(spec.window for spec in specs)),
-        page_size=shape.page_size,
-        max_num_seqs=shape.slots,
-        step_tokens=limits.step_tokens,
-        sequence_tokens=window,
+    if stats is not None:  # what is in use already is lost to us
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    # A CPU: its memory is the system's.
+    return config.cpu_kv_bytes + model.weight_bytes + table_bytes(limits, specs, model.config.vocab_size)
+
+
+def _plan(
+    config: EngineConfig,
+    model: _Model,
+    specs: tuple[CacheSpec, ...],
+    limits: Limits,
+    budget: int,
+    temporaries: int | None = None,
+) -> MemoryPlan:
+    if jax.devices()[0].memory_stats() is None:
+        temporaries = 0
+    shards = Shards(1, model.config)
+    weights = model.weight_bytes
+    return decoder_memory(
+        config, specs, model.config, model.dtype, limits, budget, weights, shards=shards, temporaries=temporaries
     )
-
-
-def _temporaries(model: _Model, specs: tuple[CacheSpec, ...], shape: RunnerShape) -> int:
-    """Bytes the largest step needs beside its arguments: read off its executable, compiled with few pages."""
-    bucket: Bucket = max(shape.buckets, key=lambda b: b.tokens)
-    cache = cache_shapes(specs, (2 * shape.max_pages,) * shape.groups, shape.page_size, model.dtype)
-    layout = forward_layout(bucket, shape.groups, shape.page_size)
-    tables = jax.eval_shape(lambda: init_tables(shape.groups, shape.slots, shape.max_pages))
-    tail = jax.eval_shape(lambda: init_state(shape.slots, shape.vocab_size)).tail
-    forward = forward_function(model.module, model.config, shape)
-    analysis = forward.lower(model.params, cache, tables, tail, layout.abstract, bucket).compile().memory_analysis()
-    aliased = analysis.alias_size_in_bytes
-    # Two steps overlap: the outputs of one are alive while the next runs.
-    return analysis.temp_size_in_bytes + 2 * max(0, analysis.output_size_in_bytes - aliased)

@@ -39,8 +39,8 @@ def limits_of(config: EngineConfig, model_limit: int, *, gpu: bool) -> Limits:
     return Limits(
         window=window_of(config, model_limit),
         page_size=config.page_size or (64 if gpu else 16),
-        max_num_seqs=config.max_num_seqs or (256 if gpu else 64),
-        step_tokens=config.max_num_batched_tokens or (8192 if gpu else 512),
+        max_num_seqs=config.max_num_seqs or (512 if gpu else 64),
+        step_tokens=config.max_num_batched_tokens or (4096 if gpu else 512),
     )
 
 

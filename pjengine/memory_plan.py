@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from pjengine.errors import OutOfMemory
 
 GIB = 1 << 30
-RESERVE = 512 << 20  # bytes of a GPU left to allocator rounding, counted with the temporaries
+RESERVE = 256 << 20  # bytes of a GPU left to allocator rounding, counted with the temporaries
+OUTSIDE = 7 << 28  # bytes of a GPU that CUDA takes for itself: its context, loaded kernels, graphs
+# XLA's temporaries against `activation_width`: 3.0 to 3.4 for Llama-3.1-8B at 2048 to 8192 tokens on an H200. What is
+# above is room for fusions that turn out otherwise.
+_SLACK = 4.5
+_SAMPLER_COPIES = 4  # of the logits, in float32, alive at once in a sampler; 2 were measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,10 @@ class MemoryPlan:
     pages: tuple[int, ...]
     cache: int
 
+    @property
+    def total(self) -> int:
+        return self.weights + self.temporaries + self.tables + self.cache
+
     def __str__(self) -> str:
         parts = {
             "budget": self.budget,
@@ -39,6 +48,25 @@ class MemoryPlan:
         }
         sizes = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
         return f"{sizes} ({' + '.join(map(str, self.pages))} pages)"
+
+
+def device_budget(memory: int, utilization: float | None) -> int:
+    """Bytes of a device of `memory` that the engine may use: all but OUTSIDE, or the share that is asked for."""
+    return int(memory * utilization) if utilization is not None else memory - OUTSIDE
+
+
+def step_temporaries(*, tokens: int, rows: int, widths: int, hidden_size: int, vocab_size: int, itemsize: int) -> int:
+    """Most bytes that a step needs beside weights, cache and tables: an estimate that the executables are held to.
+
+    Args:
+      tokens, rows: of the largest step.
+      widths: elements per token alive at once in a layer, as `activation_width`.
+    """
+    logits = rows * vocab_size * 4
+    forward = _SLACK * tokens * widths * itemsize
+    # Two steps overlap: the outputs of one are alive while the next runs.
+    outputs = 2 * (logits + tokens * hidden_size * itemsize)
+    return int(max(forward, _SAMPLER_COPIES * logits)) + outputs + RESERVE
 
 
 def plan_memory(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pjengine.executables import ExecutableStore, compile_all
+from pjengine.executables import Executable, Executables, ExecutableStore, Work
 from pjengine.logprobs import compute_logprobs
 from pjengine.sampler import Variant
 from pjengine.sampling_batch import SamplerKey
@@ -28,38 +28,32 @@ class Samplers:
 
     Args:
       lower: traces and lowers a sampler: returns a `jax.stages.Lowered`.
-      rows: the row counts of the forward pass.
+      executables: of `sampler_works`, those of the row counts that are asked for ready.
+      store: of the others.
     """
 
-    def __init__(
-        self,
-        lower: Callable[[SamplerKey], Any],
-        rows: Collection[int],
-        vocab_size: int,
-        store: ExecutableStore,
-        progress: bool = True,
-    ):
+    def __init__(self, lower: Callable[[SamplerKey], Any], executables: Executables, store: ExecutableStore):
         self._lower = lower
+        self._executables = executables
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._coming: dict[SamplerKey, Future[Any]] = {}
         self._asked: Counter[SamplerKey] = Counter()
-        keys = [key for r in sorted(rows) for key in (SamplerKey(r, Variant.GREEDY), able(r))]
-        lowerings: dict[SamplerKey | int, Callable[[], Any]] = {k: functools.partial(lower, k) for k in keys}
-        lowerings |= {r: functools.partial(_lower_logprobs, r, vocab_size) for r in rows}
-        compiled = compile_all(lowerings, _WHAT, store, progress)
-        self._ready = {k: compiled[k] for k in keys}
-        self._logprobs = {r: compiled[r] for r in rows}
+        self._ready: dict[SamplerKey, Any] = {}
 
     def logprobs(self, rows: int) -> Any:
         """Compiled `compute_logprobs` for this many rows."""
-        return self._logprobs[rows]
+        return self._executables[rows].call
 
     def get(self, key: SamplerKey) -> tuple[SamplerKey, Any]:
         """A sampler for the key, or until it is compiled one for a larger key, which gives the same tokens.
 
         Compiling starts when a key has been asked for often; only one beyond `able` is waited for.
         """
+        if key not in self._ready:
+            for ahead in (key, able(key.rows)):
+                if (found := self._executables.get(ahead)) is not None:
+                    self._ready[ahead] = found.call
         if key not in self._ready:
             self._asked[key] += 1
             larger = min((k for k in self._ready if k.covers(key)), default=None)
@@ -86,16 +80,25 @@ class Samplers:
         self._ready[key] = self._coming.pop(key).result()
 
     def _make(self, key: SamplerKey) -> Any:
-        compiled = self._store.load(_WHAT, key)
-        if compiled is None:
-            compiled = self._lower(key).compile()
-            self._store.keep(_WHAT, key, compiled)
-        return compiled
+        made = self._store.load(_WHAT, key)
+        if made is None:
+            made = Executable.of(self._lower(key).compile())
+            self._store.keep(_WHAT, key, made)
+        return made.call
 
 
 def able(rows: int) -> SamplerKey:
     """The sampler that stands in for others: all a request can ask for, up to 256 adjusted tokens and 16 words."""
     return SamplerKey(rows, max(Variant), penalties=True, biases=256, bad_words=16)
+
+
+def sampler_works(rows: int, vocab_size: int, lower: Callable[[SamplerKey], Any]) -> list[Work]:
+    """What is compiled ahead of time for steps of this many rows: two samplers and, with `rows` for a key,
+    log-probabilities.
+    """
+    keys = SamplerKey(rows, Variant.GREEDY), able(rows)
+    logprobs = Work(_WHAT, rows, functools.partial(_lower_logprobs, rows, vocab_size))
+    return [*(Work(_WHAT, key, functools.partial(lower, key)) for key in keys), logprobs]
 
 
 def _lower_logprobs(rows: int, vocab_size: int) -> Any:

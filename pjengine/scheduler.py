@@ -11,6 +11,7 @@ import bisect
 import dataclasses
 import heapq
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -76,8 +77,12 @@ class Batch:
 class Scheduler:
     """Owns the queues and, through the cache manager, the pages. Knows nothing of devices."""
 
-    def __init__(self, cache: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(
+        self, cache: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int, step_sizes: Iterable[int] = ()
+    ):
+        """step_sizes: token counts that a step with prompts costs no padding at; see `_trim`. None need be given."""
         self.cache = cache
+        self._step_sizes = sorted(step_sizes)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []  # sorted by order
@@ -148,7 +153,10 @@ class Scheduler:
             rows = np.flatnonzero(counts)
             slots, starts, counts = slots[rows], starts[rows], counts[rows]
             seqs = [seqs[r] for r in rows.tolist()]
-        return self._advance(seqs, slots, starts, counts, admitted, grown) if seqs else None
+        if not seqs:
+            return None
+        _trim(counts, self._step_sizes)
+        return self._advance(seqs, slots, starts, counts, admitted, grown)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if a page or slot leaked, is shared wrongly or is lost."""
@@ -320,6 +328,19 @@ def _share(uncomputed: np.ndarray, budget: int) -> np.ndarray:
         counts[i] += more
         left -= more
     return counts
+
+
+def _trim(counts: np.ndarray, sizes: list[int]) -> None:
+    """Shortens the last prompts' chunks to the next lower of the sizes, in place: the tokens of a chunk can wait for
+    the next step, padding is computed for nothing. Every row keeps a token.
+    """
+    surplus = int(counts.sum()) - next((s for s in reversed(sizes) if s <= counts.sum()), 0)
+    if surplus >= counts.sum() - len(counts):
+        return
+    for r in np.flatnonzero(counts > 1)[::-1].tolist():
+        cut = min(surplus, int(counts[r]) - 1)
+        counts[r] -= cut
+        surplus -= cut
 
 
 def _order(seq: Sequence) -> tuple[int, int, int]:

@@ -148,6 +148,31 @@ def kernels(json: Json = None) -> None:
 
 @app.command()
 @with_engine_options
+def host(
+    model: Model,
+    config: EngineConfig,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "64,256,512",
+    steps: Annotated[int, typer.Option(help="Steps to time.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    json: Json = None,
+) -> None:
+    """Milliseconds that the host spends on a decode step, with a device that does nothing."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a GPU that is here is left alone
+    from pjengine.bench import report
+    from pjengine.bench.host import host
+    from pjengine.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=temperature, max_tokens=None, ignore_eos=True)
+    rows = [host(config, size, steps, params) for size in _counts("batch", batch)]
+    report.show(f"host, {config.model}", rows)
+    if json is not None:
+        report.write(json, "host", {"config": dataclasses.asdict(config), "rows": rows})
+
+
+@app.command()
+@with_engine_options
 def startup(model: Model, config: EngineConfig, json: Json = None) -> None:
     """Seconds from the start of a process to the first token: cold, then with the compile cache that it left."""
     if config.compile_cache is not None:

@@ -67,7 +67,7 @@ def _show(config: EngineConfig, device: str, tensor_parallel: int, found: Device
         table.add_row(name, value)
     print(f"{config.model} in {found.dtype} on {where}")
     Console().print(table)
-    print("Temporaries are an estimate: the engine reads them off its executables when it starts.")
+    print("Temporaries are the engine's estimate; it plans again if an executable needs more.")
     if tensor_parallel > 1:
         print("The engine does not run tensor-parallel yet: this is what each device would hold.")
 
@@ -75,7 +75,7 @@ def _show(config: EngineConfig, device: str, tensor_parallel: int, found: Device
 def _rows(config: EngineConfig, found: DevicePlan) -> list[tuple[str, Any]]:
     memory, limits = found.memory, found.limits
     rows = [
-        (f"budget ({config.gpu_memory_utilization:.0%} of the device)", _gib(memory.budget)),
+        (f"budget ({_budget(config)})", _gib(memory.budget)),
         ("weights", _gib(memory.weights)),
         ("temporaries (estimate)", _gib(memory.temporaries)),
     ]
@@ -83,7 +83,7 @@ def _rows(config: EngineConfig, found: DevicePlan) -> list[tuple[str, Any]]:
         left = memory.budget - memory.weights - memory.temporaries
         return [*rows, ("left", _gib(left)), ("longest text", f"{found.longest:,} tokens")]
     rows += [
-        ("sampler tables", _gib(memory.tables)),
+        ("sampler and block tables", _gib(memory.tables)),
         ("KV cache", _gib(memory.cache)),
         ("KV cache per token", f"{found.kv_bytes_per_token / 1024:,.1f} KiB"),
         (f"pages of {limits.page_size} tokens", " + ".join(f"{pages:,}" for pages in memory.pages)),
@@ -93,6 +93,11 @@ def _rows(config: EngineConfig, found: DevicePlan) -> list[tuple[str, Any]]:
     for length, count in found.concurrent.items():
         rows.append((f"sequences of {length:,} tokens at once", f"{count:,}"))
     return [*rows, ("most that run at once (max_num_seqs)", f"{limits.max_num_seqs:,}")]
+
+
+def _budget(config: EngineConfig) -> str:
+    share = config.gpu_memory_utilization
+    return f"{share:.0%} of the device" if share is not None else "all but what CUDA takes"
 
 
 def _gib(size: int) -> str:

@@ -120,15 +120,27 @@ def test_startup(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     kept = json.loads(file.read_text())
     cold, warm = kept["rows"]
-    phases = ["imports", "device", "weights", "memory plan", "forward steps", "samplers", "cache and tables"]
+    phases = ["imports", "device", "memory plan", "weights", "executables", "cache and tables"]
     assert list(cold) == list(warm) == ["start", *phases, "first token", "total"]
     assert (cold["start"], warm["start"]) == ("cold", "warm")
     for row in (cold, warm):
         assert row["total"] == pytest.approx(sum(v for k, v in row.items() if k not in ("start", "total")))
         assert all(row[phase] >= 0 for phase in phases)
-    assert warm["forward steps"] + warm["samplers"] < 0.7 * (cold["forward steps"] + cold["samplers"])
+    assert warm["executables"] < 0.7 * cold["executables"]
     assert kept["device"] == "cpu"
     assert kept["roofline"]["copy_bandwidth"] > 0
+
+
+def test_host(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    done = run("host", "--model", LLAMA, "--batch", "4,8", "--max-num-seqs", "8", "--steps", "20", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["batch"] for row in rows] == [4, 8]
+    assert all(0 < row["median_ms"] <= row["p90_ms"] for row in rows)
+    done = run("host", "--model", LLAMA, "--batch", "9", "--max-num-seqs", "8")
+    assert done.exit_code == 1
+    assert "batch: expected at most max_num_seqs, 8, got 9" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import typer.testing
 from pjengine.config import EngineConfig
 from pjengine.device_plan import DEVICES, DevicePlan, plan_device
 from pjengine.errors import ConfigError, OutOfMemory
-from pjengine.memory_plan import GIB
+from pjengine.memory_plan import GIB, OUTSIDE
 from pjengine.models.loading import load
 from pjengine.serving.cli import app
 
@@ -30,8 +30,8 @@ def test_llama_8b_on_one_card() -> None:
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
     assert found.memory.weights == 2 * (2 * 128256 * 4096 + 32 * layer + 4096) == 16_060_522_496
     assert found.kv_bytes_per_token == 2 * 8 * 128 * 2 * 32 == 131_072
-    assert found.memory.tables == 257 * (128256 * 2 + 4 * 16)
-    assert found.memory.budget == int(139.8 * GIB * 0.92)
+    assert found.memory.tables == 513 * (128256 * 2 + 4 * 16 + 4 * 2048)
+    assert found.memory.budget == int(139.8 * GIB) - OUTSIDE
     taken = found.memory.weights + found.memory.temporaries + found.memory.tables
     (pages,) = found.memory.pages
     assert pages == (found.memory.budget - taken) // (64 * 131_072)
@@ -43,7 +43,7 @@ def test_llama_8b_on_one_card() -> None:
 
 def test_temporaries_grow_with_the_step() -> None:
     small, large = plan(max_num_batched_tokens=2048), plan(max_num_batched_tokens=16384)
-    assert GIB / 2 < small.memory.temporaries < large.memory.temporaries < 4 * GIB
+    assert GIB / 2 < small.memory.temporaries < large.memory.temporaries < 10 * GIB
 
 
 @pytest.mark.parametrize(("devices", "kv_heads"), [(8, 1), (16, 1), (2, 4)])
@@ -120,7 +120,13 @@ def test_table(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     done = run(LLAMA_8B, "--device", "H100", "--tensor-parallel", "4", "--max-model-len", "8192", "--json", str(file))
     assert done.exit_code == 0, done.output
-    for said in ("each of 4 × H100", "32.0 KiB", "sequences of 8,192 tokens at once", "an estimate", "not run tensor"):
+    for said in (
+        "each of 4 × H100",
+        "32.0 KiB",
+        "sequences of 8,192 tokens at once",
+        "the engine's estimate",
+        "not run tensor",
+    ):
         assert said in done.stdout
     kept = json.loads(file.read_text())
     assert (kept["device"], kept["kv_bytes_per_token"], kept["longest"]) == ("H100", 32768, 8192)

@@ -103,8 +103,14 @@ class SimulatedRunner:
 
 
 def make_engine(
-    windows: SequenceOf[int | None], pages: int, page_size: int, slots: int, budget: int, prefix_caching: bool = True
+    windows: SequenceOf[int | None],
+    pages: int,
+    page_size: int,
+    slots: int,
+    budget: int,
+    prefix_caching: bool = True,
+    step_sizes: SequenceOf[int] = (),
 ) -> Engine:
     cache = KVCacheManager([CacheGroup(pages, w) for w in windows], page_size, prefix_caching)
     info = EngineInfo("simulated", "generate", VOCAB, cache.capacity(budget), eos_token_ids=(EOS,))
-    return Engine(info, Scheduler(cache, slots, budget), SimulatedRunner(cache, slots))
+    return Engine(info, Scheduler(cache, slots, budget, step_sizes), SimulatedRunner(cache, slots))

@@ -41,6 +41,7 @@ def test_every_text_is_what_it_would_be_alone(data: st.DataObject) -> None:
         slots=data.draw(st.integers(1, 6)),
         budget=data.draw(st.integers(1, 40)),
         prefix_caching=data.draw(st.booleans()),
+        step_sizes=data.draw(st.sampled_from([(), (8, 16, 32), (5,)])),
     )
     texts: dict[tuple[str, int], list[int]] = {}
     expected: dict[tuple[str, int], list[int]] = {}
@@ -175,6 +176,20 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
         engine.step()
     got = sum(output.request_id == "short" for _ in range(20) for output in engine.step())
     assert got >= 19
+
+
+def test_prompts_are_cut_to_the_sizes_of_steps() -> None:
+    engine = make_engine((None,), pages=400, page_size=4, slots=8, budget=64, step_sizes=(16, 32, 64))
+    for i in range(4):
+        params = SamplingParams(max_tokens=30, ignore_eos=True)
+        engine.add(Request(request_id=str(i), prompt_token_ids=[3 + i] * 25, params=params))
+    sizes = []
+    for _ in range(5):
+        before = engine.stats().step_tokens
+        engine.step()
+        sizes.append(engine.stats().step_tokens - before)
+    # Two decode in the second step (38 tokens could be computed) and three in the third, too few for the smallest size.
+    assert sizes == [64, 32, 9, 4, 4]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pjengine.executables import open_store
+from pjengine.executables import Compilation, open_store
 from pjengine.sampler import Variant
-from pjengine.samplers import Samplers, able
+from pjengine.samplers import Samplers, able, sampler_works
 from pjengine.sampling_batch import SamplerKey
 
 
@@ -41,7 +41,11 @@ class Compiler:
         self.go = threading.Event()
         self.go.set()
         self.lowered: list[SamplerKey] = []
-        self.samplers = Samplers(self._lower, [1, 8], 50, open_store("", "test"), progress=False)
+        store = open_store("", "test")
+        ahead = Compilation([work for rows in (1, 8) for work in sampler_works(rows, 50, self._lower)], store, False)
+        ahead.begin()
+        ahead.wait()
+        self.samplers = Samplers(self._lower, ahead, store)
         self.go.clear()
 
     def _lower(self, key: SamplerKey) -> Lowered:

@@ -1,0 +1,154 @@
+"""Compiling ahead of time: what is begun, what is ready, what fails; steps run in what is ready."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pjengine.batch import Bucket
+from pjengine.config import EngineConfig
+from pjengine.engine import Engine
+from pjengine.errors import ConfigError, OutOfMemory
+from pjengine.executables import Compilation, Work, open_store
+from pjengine.factory import make_engine
+from pjengine.model_runner import ModelRunner
+from pjengine.request import Request
+from pjengine.sampling_params import SamplingParams
+from pjengine.step_programs import cpu_buckets, gpu_buckets
+
+LLAMA = str(Path(__file__).parent.parent / "golden" / "llama")
+
+
+class Slow:
+    """A program whose compilation waits to be let go."""
+
+    def __init__(self, name: str, error: Exception | None = None):
+        self.go = threading.Event()
+        self.name = name
+        self.error = error
+
+    def lower(self) -> Slow:
+        return self
+
+    def compile(self, compiler_options: Any = None) -> Any:
+        assert self.go.wait(20)
+        if self.error is not None:
+            raise self.error
+        return jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
+
+
+def compilation(*programs: Slow) -> Compilation:
+    works = [Work("test", program.name, program.lower) for program in programs]
+    return Compilation(works, open_store("", ()), progress=False)
+
+
+def test_what_is_begun_becomes_ready_and_the_rest_waits() -> None:
+    first, second = Slow("first"), Slow("second")
+    second.go.set()
+    made = compilation(first, second)
+    made.begin(["first"])
+    first.go.set()
+    made.wait(["first"])
+    assert made["first"].call(jnp.zeros(3)).tolist() == [1, 1, 1]
+    assert made.get("second") is None
+    made.begin()
+    made.wait()
+    assert made.finished
+    assert made.get("second") is not None
+    assert made.get("third") is None
+
+
+def test_a_failure_is_raised_and_leaves_the_others_alone() -> None:
+    good, bad = Slow("good"), Slow("bad", ValueError("no such instruction"))
+    good.go.set()
+    bad.go.set()
+    made = compilation(bad, good)
+    made.begin()
+    with pytest.raises(ValueError, match="no such instruction"):
+        made.wait()
+    made.wait(["good"])
+    assert made.get("bad") is None
+
+
+def test_after_cancel_nothing_is_compiled() -> None:
+    program = Slow("a")
+    made = compilation(program)
+    made.cancel()
+    program.go.set()
+    made.begin()
+    assert made.finished
+    assert made.get("a") is None
+
+
+def engine(**options: object) -> Engine:
+    base = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "page_size": 16}
+    made = make_engine(EngineConfig.make(LLAMA, **(base | options)), progress=False)
+    assert isinstance(made, Engine)
+    return made
+
+
+def texts(made: Engine) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in range(5)]
+    for i in range(5):
+        params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+        made.add(Request(request_id=str(i), prompt_token_ids=list(range(3, 20 + 9 * i)), params=params))
+    while made.has_work:
+        for output in made.step():
+            found[int(output.request_id)] += output.token_ids
+    return found
+
+
+def test_an_eager_start_serves_with_what_is_ready_and_says_the_same() -> None:
+    eager = engine(eager_buckets=2)
+    assert isinstance(eager.runner, ModelRunner)
+    early = texts(eager)
+    assert isinstance(eager.runner.executables, Compilation)
+    eager.runner.executables.wait()
+    steps, padded = eager.stats().steps, eager.stats().padded_tokens
+    late = texts(eager)
+    assert early == late == texts(engine())
+    # With all of them ready, decoding no longer runs in the largest step.
+    assert eager.stats().padded_tokens - padded <= 64 * (eager.stats().steps - steps)
+    assert eager.runner.step_tokens == 64
+
+
+def test_a_step_that_needs_more_than_its_room_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    made = engine()
+    runner = made.runner
+    assert isinstance(runner, ModelRunner)
+    needed = {b: runner.needed(b) for b in runner.programs.layouts if not b.decode}
+    small, large = min(needed), max(needed)
+    assert needed[small] < needed[large]
+
+    def again(room: int) -> ModelRunner:
+        return ModelRunner(runner.programs, runner.executables, open_store("", ()), runner.params, frozenset(), room)
+
+    assert again(needed[large]).step_tokens == large.tokens
+    assert again(needed[large] - 1).step_tokens == small.tokens
+    assert f"{large}: needs" in caplog.text
+    with pytest.raises(OutOfMemory, match=r"max_num_batched_tokens: no step fits into the 0\.00 GiB"):
+        again(1)
+
+
+def test_eager_buckets_is_a_count() -> None:
+    with pytest.raises(ConfigError, match="eager_buckets: expected at least 1, got 0"):
+        EngineConfig.make(LLAMA, eager_buckets=0)
+
+
+@pytest.mark.parametrize("make", [gpu_buckets, cpu_buckets])
+@pytest.mark.parametrize(
+    ("rows", "tokens"), [(1, 1), (1, 32), (8, 8), (9, 100), (256, 8192), (512, 8192), (3000, 16384)]
+)
+def test_buckets_hold_every_step(make: Callable[[int, int], tuple[Bucket, ...]], rows: int, tokens: int) -> None:
+    buckets = make(rows, tokens)
+    assert len(set(buckets)) == len(buckets) <= 24
+    decode, mixed = ([b for b in buckets if b.decode is kind] for kind in (True, False))
+    assert max(b.rows for b in decode) == rows
+    assert max(b.tokens for b in mixed) == tokens
+    assert all(b.rows == min(b.tokens, rows) for b in buckets)
