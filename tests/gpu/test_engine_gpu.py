@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -114,11 +115,14 @@ def test_llama_8b_serves_64_requests_at_once(llama_8b: Engine) -> None:
     assert llama_8b.stats().used_pages == 0
 
 
-def test_llama_8b_against_float32() -> None:
-    """All of its layers, 64 ragged sequences: prompts in chunks over pages, then one decode step each, in bf16 with the
-    kernels, against float32 without a cache.
+@pytest.mark.parametrize("layers", [4, 32])
+def test_llama_8b_against_float32(layers: int) -> None:
+    """64 ragged sequences: prompts in chunks over pages, then one decode step each, in bf16 with the kernels, against
+    float32 without a cache. Random layers each add their rounding: what bf16 itself is off by grows with the root
+    of their number, so the yardstick is the reference in bf16, and 3e-2 for few layers.
     """
     config = llama.Config.from_hf(json.loads((LLAMA_8B / "config.json").read_text()))
+    config = dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
     params = init_params(llama.param_specs(config), "bfloat16", seed=1)
     random = np.random.default_rng(1)
     rows = [random.integers(0, 128_000, n).tolist() for n in random.integers(1, 200, 64)]
@@ -137,8 +141,14 @@ def test_llama_8b_against_float32() -> None:
     hidden, _ = step(params, sequences.inputs(spans, 64, decode=True), cache)
     logits = llama.logits(params, hidden, config)
 
-    # Not under one jit: the float32 layers then share one executable, compiled once.
-    inputs = packed_inputs(rows, backend="reference")
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    expected, _ = llama.forward(wide, inputs, None, config)
-    assert relative_error(logits, llama.logits(wide, expected[inputs.last_tokens], config)) < 3e-2
+    def without_cache(params: Any) -> jax.Array:
+        """Not under one jit: the layers then share one executable, compiled once."""
+        inputs = packed_inputs(rows, backend="reference")
+        hidden, _ = llama.forward(params, inputs, None, config)
+        return llama.logits(params, hidden[inputs.last_tokens], config)
+
+    narrow = without_cache(params)
+    expected = without_cache(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    error = relative_error(logits, expected)
+    assert error < 1.2 * relative_error(narrow, expected)
+    assert layers > 4 or error < 3e-2
