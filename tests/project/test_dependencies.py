@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-# Imported by others where it is needed: mosaic_gpu imports absl and does not ask for it.
-INDIRECT = {"absl-py"}
+# Imported by others: mosaic_gpu needs absl and does not ask for it, uvicorn takes httptools where it is.
+INDIRECT = {"absl-py", "httptools"}
 # Halves of one installation.
 COMES_WITH = {"jaxlib": "jax", "pydantic-core": "pydantic"}
 # Of features that say which extra they need when it is missing.
