@@ -34,7 +34,7 @@ from pjengine.prompts import (
 from pjengine.request import Output, Request
 from pjengine.request_checks import check_prompt
 from pjengine.sampling_params import SamplingParams
-from pjengine.scoring import check_scorer, cosine_scores, group_pairs, logit_scores, ranking
+from pjengine.scoring import check_scorer, check_top_n, cosine_scores, group_pairs, logit_scores, ranking
 from pjengine.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -181,8 +181,11 @@ class LLM:
             if instruction is not None:
                 raise InvalidRequest(f"instruction: {info.model} reads none; leave it out", field="instruction")
             texts = [query for query, _ in groups] + [text for _, paired in groups for text in paired]
-            found = self.embed(texts, use_tqdm, truncate_prompt_tokens=truncate_prompt_tokens)
-            vectors = np.stack([output.embedding for output in found])
+            starts = itertools.accumulate((len(paired) for _, paired in groups[:-1]), initial=0)
+            fields = [f"queries[{i}]" for i in starts] + [f"documents[{i}]" for i in range(len(texts) - len(groups))]
+            prompts = with_prompt(texts, self._source.sentence, None)
+            token_ids = self._encode(prompts, True, truncate_prompt_tokens, fields)
+            vectors = run_pooled(self._engine, self._requests(token_ids), "Embedding", "texts", use_tqdm)
             owners = np.repeat(np.arange(len(groups)), [len(paired) for _, paired in groups])
             return cosine_scores(vectors[owners], vectors[len(groups) :])
         if self.tokenizer is None:
@@ -210,7 +213,7 @@ class LLM:
         """Ranks documents by their relevance to a query.
 
         Args:
-          top_n: only the best so many; None: all.
+          top_n: only the best so many; None or 0: all.
           use_tqdm: show a progress bar.
           **options: those of `score`.
         Returns:
@@ -218,7 +221,10 @@ class LLM:
         Raises:
           InvalidRequest: as in `score`.
         """
-        documents = list(documents)
+        check_top_n(top_n)
+        if not isinstance(query, str):
+            raise InvalidRequest(f"query: expected a string, got {query!r}", field="query")
+        documents = [documents] if isinstance(documents, str) else documents
         scores = self.score(query, documents, use_tqdm, **options)
         return [RankedDocument(i, float(scores[i]), documents[i]) for i in ranking(scores, top_n)]
 
@@ -296,9 +302,13 @@ class LLM:
         ]
 
     def _encode(
-        self, prompts: Sequence[Prompt], add_special_tokens: bool, truncate_prompt_tokens: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        add_special_tokens: bool,
+        truncate_prompt_tokens: int | None = None,
+        fields: Sequence[str] | None = None,
     ) -> list[list[int]]:
-        """Token ids of each prompt, cut and checked."""
+        """Token ids of each prompt, cut and checked; `fields`: what the user calls each, `prompts[i]` if None."""
         info, texts = self._engine.info, [prompt for prompt in prompts if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise InvalidRequest("prompts: this model has no tokenizer; give token ids", field="prompts")
@@ -306,7 +316,7 @@ class LLM:
         tokenized = iter(self.tokenizer.encode_batch(texts, add_special_tokens, most) if self.tokenizer else ())
         encoded = [next(tokenized) if isinstance(prompt, str) else list(prompt)[:most] for prompt in prompts]
         for i, ids in enumerate(encoded):
-            check_prompt(ids, info, field=f"prompts[{i}]")
+            check_prompt(ids, info, field=fields[i] if fields else f"prompts[{i}]")
         return encoded
 
     def _params(

@@ -6,13 +6,14 @@ import numpy as np
 
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
+from pjengine.request_checks import is_integer
 
 
 def check_dimensions(dimensions: int | None, info: EngineInfo) -> None:
     """Raises InvalidRequest unless the model's embeddings have that many elements; None, all of them, always works."""
-    if dimensions is not None and not 1 <= dimensions <= info.embedding_size:
+    if dimensions is not None and not (is_integer(dimensions) and 1 <= dimensions <= info.embedding_size):
         raise InvalidRequest(
-            f"dimensions: {dimensions}, but the embeddings of {info.model} have {info.embedding_size} elements; "
+            f"dimensions: {dimensions!r}, but the embeddings of {info.model} have {info.embedding_size} elements; "
             f"ask for 1 to {info.embedding_size}",
             field="dimensions",
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
-from pjengine.request_checks import check_params
+from pjengine.request_checks import check_params, is_integer
 from pjengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # their modules take long to import, and a server's API process needs neither
@@ -37,12 +37,18 @@ def fit_tokens(truncate_prompt_tokens: int | None, info: EngineInfo) -> int | No
     Raises:
       InvalidRequest: another value.
     """
-    if truncate_prompt_tokens is not None and truncate_prompt_tokens < 1 and truncate_prompt_tokens != -1:
-        raise InvalidRequest(
-            f"truncate_prompt_tokens: expected -1 or at least 1, got {truncate_prompt_tokens}",
-            field="truncate_prompt_tokens",
-        )
-    return info.max_model_len if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+    if truncate_prompt_tokens is None:
+        return None
+    window = info.max_model_len
+    if is_integer(truncate_prompt_tokens):
+        if truncate_prompt_tokens == -1:
+            return window
+        if 1 <= truncate_prompt_tokens <= window:
+            return truncate_prompt_tokens
+    raise InvalidRequest(
+        f"truncate_prompt_tokens: expected -1, or 1 to the model's window of {window}, got {truncate_prompt_tokens!r}",
+        field="truncate_prompt_tokens",
+    )
 
 
 def default_params(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
@@ -120,7 +126,7 @@ def as_prompts(given: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
     items = _as_list(given, "prompts")
-    if items and all(_is_token(item) for item in items):
+    if items and all(is_integer(item) for item in items):
         return [[operator.index(item) for item in items]]
     return [item if isinstance(item, str) else _as_token_ids(item, f"prompts[{i}]") for i, item in enumerate(items)]
 
@@ -128,7 +134,7 @@ def as_prompts(given: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
 def _as_token_ids(given: object, field: str) -> list[int]:
     items = _as_list(given, field)
     for item in items:
-        if not _is_token(item):
+        if not is_integer(item):
             raise InvalidRequest(f"{field}: expected a string or token ids, got {item!r} among them", field=field)
     return [operator.index(item) for item in items]
 
@@ -139,10 +145,6 @@ def _as_list(given: object, field: str) -> list[Any]:
     if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise InvalidRequest(f"{field}: expected a string or token ids, or a list of them, got {given!r}", field=field)
     return list(given)
-
-
-def _is_token(item: object) -> bool:
-    return isinstance(item, (int, np.integer)) and not isinstance(item, bool)
 
 
 def as_conversations(given: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any, TypeGuard
+
+import numpy as np
 
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
 from pjengine.request import Request
 from pjengine.sampling_params import SamplingParams
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Of Python or NumPy; True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def check_prompt(token_ids: list[int], info: EngineInfo, *, field: str = "prompt") -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pjengine.activations import activate
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
+from pjengine.request_checks import is_integer
 
 
 def group_pairs(
@@ -24,7 +26,7 @@ def group_pairs(
     Raises:
       InvalidRequest: there are no pairs, or the numbers do not match.
     """
-    first, second = ([texts] if isinstance(texts, str) else list(texts) for texts in (queries, documents))
+    first, second = (_as_texts(texts, field) for texts, field in zip((queries, documents), fields, strict=True))
     for texts, field in zip((first, second), fields, strict=True):
         if not texts:
             raise InvalidRequest(f"{field}: is empty; give at least one text", field=field)
@@ -39,6 +41,14 @@ def group_pairs(
         )
     pairs = zip(first, second, strict=True)
     return [(query, [text for _, text in same]) for query, same in itertools.groupby(pairs, lambda pair: pair[0])]
+
+
+def _as_texts(given: object, field: str) -> list[Any]:
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, bytes):
+        raise InvalidRequest(f"{field}: expected a string or a list of them, got {given!r}", field=field)
+    return list(given)
 
 
 def cosine_scores(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -64,6 +74,12 @@ def check_scorer(info: EngineInfo) -> None:
             field="model",
             code="wrong_model_kind",
         )
+
+
+def check_top_n(top_n: int | None) -> None:
+    """Raises InvalidRequest unless it is None or an integer of at least 0."""
+    if top_n is not None and not (is_integer(top_n) and top_n >= 0):
+        raise InvalidRequest(f"top_n: expected an integer of at least 0, got {top_n!r}", field="top_n")
 
 
 def ranking(scores: np.ndarray, top_n: int | None) -> list[int]:

@@ -77,8 +77,9 @@ class Form:
         """
         starts = range(0, len(work), self.texts)
         groups = [work[at : at + self.texts] for at in starts]
+        generates = self.endpoint != "embeddings"
         return [
-            Call(at, self.body(model, items), items[0].output_len, len(items))
+            Call(at, self.body(model, items), items[0].output_len if generates else 0, len(items))
             for at, items in zip(due, groups, strict=True)
         ]
 

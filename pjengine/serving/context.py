@@ -132,7 +132,7 @@ class ServerContext:
 
 def list_prompts(given: str | list[Any], field: str) -> list[Any]:
     """The prompts of a request as a list of strings or of lists of token ids; InvalidRequest where there is none."""
-    if not given:
+    if not given and not isinstance(given, str):  # a text without characters may still have special tokens
         raise InvalidRequest(f"{field}: is empty; give at least one prompt", field=field, code="empty_prompt")
     return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 

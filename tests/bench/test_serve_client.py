@@ -96,8 +96,8 @@ def test_what_is_asked_for(server: ScriptedServer) -> None:
 
 
 def test_embeddings(server: ScriptedServer) -> None:
-    (t,) = load(server, [Item([20, 21, 22])], endpoint="embeddings")
-    assert (t.error, t.prompt_tokens, t.ttft) == (None, 3, None)
+    (t,) = load(server, [Item([20, 21, 22], output_len=5)], endpoint="embeddings")
+    assert (t.error, t.prompt_tokens, t.ttft, t.asked) == (None, 3, None, 0)
     assert t.e2el >= FIRST
 
 

@@ -49,6 +49,15 @@ def test_scores_of_pairs(name: str) -> None:
         assert llm.score("a", ["b", "c " * 200], use_tqdm=False, truncate_prompt_tokens=-1).shape == (2,)
         with pytest.raises(ConfigError, match="cannot embed; use classify, score or rerank"):
             llm.embed("a")
+        for wrong in (-1, "2", 1.5, True):
+            with pytest.raises(InvalidRequest, match="top_n: expected an integer of at least 0, got"):
+                llm.rerank(query, texts, wrong)  # type: ignore[arg-type]
+        assert [r.document for r in llm.rerank(query, "abc", use_tqdm=False)] == ["abc"]
+        with pytest.raises(InvalidRequest, match="query: expected a string, got None"):
+            llm.rerank(None, texts)  # type: ignore[arg-type]
+        for others in (None, {"text": "a"}, b"a"):
+            with pytest.raises(InvalidRequest, match="documents: expected a string or a list of them, got"):
+                llm.rerank(query, others)  # type: ignore[arg-type]
         if name == "cross-encoder":
             with pytest.raises(InvalidRequest, match="instruction: "):
                 llm.score(query, texts, instruction="judge")
@@ -62,8 +71,13 @@ def test_an_embedder_scores_by_similarity() -> None:
         assert llm.rerank("ab cd", ["ab", "xyz", "ab cd"], 1, use_tqdm=False)[0].index == 2
         assert len(llm.embed("a" * 60, use_tqdm=False, truncate_prompt_tokens=-1)[0].prompt_token_ids) == 48
         assert len(llm.embed([[7] * 60], use_tqdm=False, truncate_prompt_tokens=5)[0].prompt_token_ids) == 5
-        with pytest.raises(InvalidRequest, match="truncate_prompt_tokens: expected -1 or at least 1, got 0"):
-            llm.embed("a", truncate_prompt_tokens=0)
+        for wrong in (0, -2, 49, "5", 1.5, True):
+            with pytest.raises(InvalidRequest, match="truncate_prompt_tokens: expected -1, or 1 to the model's window"):
+                llm.embed("a", truncate_prompt_tokens=wrong)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match="dimensions: '2', but"):
+            llm.embed("a", dimensions="2")  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match=r"documents\[1\]: \d+ tokens, but the model's window of 48"):
+            llm.score(["a", "b"], ["c", "d " * 200], use_tqdm=False)
 
 
 def test_classes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,7 @@ def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:
         ({"input": "a", "dimensions": 0}, "dimensions"),
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"input": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 513}, "truncate_prompt_tokens"),
         ({"input": "a", "input_type": "clustering"}, "input_type"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "a", "inputs": "a"}, "inputs"),

@@ -20,3 +20,6 @@ def test_equal_to_sentence_transformers(name: str) -> None:
         assert relative_error([entry["score"] for entry in data], golden["scores"]) < 1e-4
         ranked = live.post("/v1/rerank", {"query": query, "documents": texts}).json()["results"]
         assert [result["index"] for result in ranked] == np.argsort(-golden["scores"], kind="stable").tolist()
+        huge = live.post("/v1/rerank", {"query": query, "documents": texts, "truncate_prompt_tokens": 10**30})
+        assert huge.status_code == 400
+        assert huge.json()["error"]["param"] == "truncate_prompt_tokens"
