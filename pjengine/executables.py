@@ -298,6 +298,7 @@ class Compilation:
             if future.cancelled():
                 return
             if isinstance(found, Exception):
+                logger.warning("%s: %s could not be compiled (%s)", self._works[key].what, key, found)
                 future.set_exception(found)
             else:
                 future.set_result(found)

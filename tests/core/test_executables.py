@@ -64,7 +64,7 @@ def test_what_is_begun_becomes_ready_and_the_rest_waits() -> None:
     assert made.get("third") is None
 
 
-def test_a_failure_is_raised_and_leaves_the_others_alone() -> None:
+def test_a_failure_is_said_and_raised_and_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
     good, bad = Slow("good"), Slow("bad", ValueError("no such instruction"))
     good.go.set()
     bad.go.set()
@@ -74,6 +74,7 @@ def test_a_failure_is_raised_and_leaves_the_others_alone() -> None:
         made.wait()
     made.wait(["good"])
     assert made.get("bad") is None
+    assert "test: bad could not be compiled (no such instruction)" in caplog.text
 
 
 def test_after_cancel_nothing_is_compiled() -> None:
