@@ -12,6 +12,7 @@ import numpy as np
 from pjengine.activations import activate
 from pjengine.collector import Collector
 from pjengine.config import EngineConfig
+from pjengine.engine_info import EngineInfo
 from pjengine.errors import ConfigError, EngineDead, InvalidRequest
 from pjengine.factory import make_engine
 from pjengine.matryoshka import check_dimensions, shorten
@@ -59,6 +60,11 @@ class LLM:
         self._engine = make_engine(config)
         self._ids = itertools.count()
         self._closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        """Of the engine: the model's kind, window, embedding size, …"""
+        return self._engine.info
 
     def generate(
         self,
@@ -144,11 +150,28 @@ class LLM:
         """
         self._require("embed", "embed")
         check_dimensions(dimensions, self._engine.info)
-        texts = with_prompt(as_prompts(prompts), self._source.sentence, prompt_name)
-        token_ids = self._encode(texts, True, truncate_prompt_tokens)
+        token_ids = self.tokenize(
+            as_prompts(prompts), prompt_name=prompt_name, truncate_prompt_tokens=truncate_prompt_tokens
+        )
+        self._check(token_ids)
         vectors = run_pooled(self._engine, self._requests(token_ids), "Embedding", "prompts", use_tqdm)
         vectors = shorten(vectors, dimensions)
         return [EmbeddingOutput(vector, ids) for vector, ids in zip(vectors, token_ids, strict=True)]
+
+    def tokenize(
+        self,
+        prompts: Sequence[str | list[int]],
+        *,
+        prompt_name: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[list[int]]:
+        """Token ids as `embed` makes them of its prompts; may be called while another thread embeds.
+
+        Raises:
+          InvalidRequest: there is no such prompt name. Whether the model has room for the tokens is not checked.
+        """
+        texts = with_prompt(prompts, self._source.sentence, prompt_name)
+        return self._tokenize(texts, True, truncate_prompt_tokens)
 
     def score(
         self,
@@ -309,15 +332,23 @@ class LLM:
         fields: Sequence[str] | None = None,
     ) -> list[list[int]]:
         """Token ids of each prompt, cut and checked; `fields`: what the user calls each, `prompts[i]` if None."""
-        info, texts = self._engine.info, [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = self._tokenize(prompts, add_special_tokens, truncate_prompt_tokens)
+        self._check(encoded, fields)
+        return encoded
+
+    def _tokenize(
+        self, prompts: Sequence[Prompt], add_special_tokens: bool, truncate_prompt_tokens: int | None
+    ) -> list[list[int]]:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise InvalidRequest("prompts: this model has no tokenizer; give token ids", field="prompts")
-        most = fit_tokens(truncate_prompt_tokens, info)
+        most = fit_tokens(truncate_prompt_tokens, self._engine.info)
         tokenized = iter(self.tokenizer.encode_batch(texts, add_special_tokens, most) if self.tokenizer else ())
-        encoded = [next(tokenized) if isinstance(prompt, str) else list(prompt)[:most] for prompt in prompts]
-        for i, ids in enumerate(encoded):
-            check_prompt(ids, info, field=fields[i] if fields else f"prompts[{i}]")
-        return encoded
+        return [next(tokenized) if isinstance(prompt, str) else list(prompt)[:most] for prompt in prompts]
+
+    def _check(self, token_ids: Sequence[list[int]], fields: Sequence[str] | None = None) -> None:
+        for i, ids in enumerate(token_ids):
+            check_prompt(ids, self._engine.info, field=fields[i] if fields else f"prompts[{i}]")
 
     def _params(
         self, given: SamplingParams | Sequence[SamplingParams] | None, token_ids: list[list[int]]

@@ -208,18 +208,58 @@ def embed(
         Path | None,
         typer.Option(
             "--input",
-            help='JSONL file; each line a string or an object with a field "text". - is standard input.',
+            help="JSONL file; each line a string or an object with a text. - is standard input.",
             show_default=False,
         ),
     ] = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output", help="By default standard output.", show_default=False)
+        Path | None,
+        typer.Option("--output", help="By default standard output. FILE.parquet: a bulk job.", show_default=False),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="The text of an object in the input.")] = "text",
+    prompt_name: Annotated[
+        str | None, typer.Option(help="Of the model's own prompts, to put before each text.", show_default=False)
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(help="Elements to keep, for Matryoshka models.", show_default=False)
+    ] = None,
+    truncate_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Cut texts to so many tokens; -1: to the model's window.", show_default=False)
+    ] = None,
+    id_field: Annotated[
+        str | None, typer.Option(help="Bulk: the id of an object; by default id or the line.", show_default=False)
+    ] = None,
+    on_bad_line: Annotated[str, typer.Option(metavar="stop|skip", help="Bulk: at a line without a text.")] = "stop",
+    part_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Bulk: texts that are written at a time; by default 16384, on a CPU 1024.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Embed texts; writes JSONL, {"index": ..., "embedding": [...]} a line, in the order of the texts."""
-    from pjengine.serving.offline import run_embed
+    """Embed texts; writes JSONL, {"index": ..., "embedding": [...]} a line, in the order of the texts.
 
-    run_embed(config, texts or [], input_file, output_file)
+    With --output FILE.parquet the input may be of any length, and the same command goes on where it was interrupted.
+    """
+    how = {"prompt_name": prompt_name, "dimensions": dimensions, "truncate_prompt_tokens": truncate_prompt_tokens}
+    if output_file is None or output_file.suffix != ".parquet":
+        from pjengine.serving.offline import run_embed
+
+        return run_embed(config, texts or [], input_file, output_file, text_field, **how)
+
+    from pjengine.bulk.embed import run_bulk
+
+    run_bulk(
+        config,
+        texts or [],
+        input=input_file,
+        output=output_file,
+        text_field=text_field,
+        id_field=id_field,
+        on_bad_line=on_bad_line,
+        part_rows=part_rows,
+        **how,
+    )
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from pjengine.bulk.rows import parse_line
 from pjengine.config import EngineConfig
 from pjengine.errors import InvalidRequest
 from pjengine.llm import LLM
@@ -25,15 +26,22 @@ def run_generate(config: EngineConfig, prompts: list[str], **sampling: Any) -> N
             print(result.outputs[0].text)
 
 
-def run_embed(config: EngineConfig, texts: list[str], input_file: Path | None, output_file: Path | None) -> None:
-    """Writes the embeddings of `texts` and of the input file's lines, as JSONL."""
+def run_embed(
+    config: EngineConfig,
+    texts: list[str],
+    input_file: Path | None,
+    output_file: Path | None,
+    text_field: str = "text",
+    **how: Any,
+) -> None:
+    """Writes the embeddings of `texts` and of the input file's lines, as JSONL; `how`: further arguments of `embed`."""
     with contextlib.ExitStack() as stack:
-        texts = [*texts, *_read(input_file, stack)]
+        texts = [*texts, *_read(input_file, stack, text_field)]
         if not texts:
             raise InvalidRequest("texts: there are none; give them as arguments or with --input", field="texts")
         out = sys.stdout if output_file is None else stack.enter_context(_opened(output_file, "w"))
         llm = stack.enter_context(LLM(**dataclasses.asdict(config)))
-        for index, result in enumerate(llm.embed(texts, use_tqdm=len(texts) > 1)):
+        for index, result in enumerate(llm.embed(texts, use_tqdm=len(texts) > 1, **how)):
             print(json.dumps({"index": index, "embedding": result.embedding.tolist()}), file=out)
 
 
@@ -49,11 +57,11 @@ def run_rerank(
             print(json.dumps(row, ensure_ascii=False))
 
 
-def _read(input_file: Path | None, stack: contextlib.ExitStack) -> list[str]:
+def _read(input_file: Path | None, stack: contextlib.ExitStack, text_field: str = "text") -> list[str]:
     if input_file is None:
         return []
     lines = sys.stdin if str(input_file) == "-" else stack.enter_context(_opened(input_file, "r"))
-    return list(_texts(lines, input_file))
+    return list(_texts(lines, input_file, text_field))
 
 
 @contextlib.contextmanager
@@ -66,15 +74,11 @@ def _opened(path: Path, mode: str) -> Iterator[TextIO]:
         yield file  # type: ignore[misc]
 
 
-def _texts(lines: Iterable[str], path: Path) -> Iterator[str]:
+def _texts(lines: Iterable[str], path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise InvalidRequest(f"{path}:{number}: not JSON: {error}", field="input") from error
-        text = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise InvalidRequest(f'{path}:{number}: expected a string or an object with a string "text"', field="input")
-        yield text
+            yield parse_line(line, field)[0]
+        except ValueError as fault:
+            raise InvalidRequest(f"{path}:{number}: {fault}", field="input") from fault

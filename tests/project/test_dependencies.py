@@ -18,7 +18,7 @@ INDIRECT = {"absl-py", "httptools"}
 # Halves of one installation.
 COMES_WITH = {"jaxlib": "jax", "pydantic-core": "pydantic"}
 # Of features that say which extra they need when it is missing.
-EXTRAS = ("bench", "queue", "triton")
+EXTRAS = ("bench", "bulk", "queue", "triton")
 # Used where it is installed, missed where it is not.
 OPTIONAL = {"uvloop"}
 

@@ -57,7 +57,16 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["Version"] == "0.1.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "triton", "queue", "golden", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "cuda12",
+        "cuda13",
+        "triton",
+        "queue",
+        "bulk",
+        "ray",
+        "golden",
+        "dev",
+    }
     assert b"Apache License" in read(wheel, "licenses/LICENSE")
 
 
