@@ -42,7 +42,7 @@ class BulkOptions:
       output: the Parquet file, with columns `id` and `embedding`.
       text_field, id_field: of the objects; id_field None: "id" where it is there, else the line's number.
       on_bad_line: "stop": the job ends at a line that has no text or one that cannot be embedded; "skip": it goes on.
-      part_rows: texts that are embedded and written at a time: what an interruption may lose; None: 16384; on CPUs 1024.
+      part_rows: texts that are embedded and written at a time: what an interruption may lose; None: 16384, on CPUs 1024
       prompt_name, dimensions, truncate_prompt_tokens: as in `LLM.embed`.
     """
 
