@@ -21,7 +21,7 @@ from pjengine.models import heads
 from pjengine.models.heads import Head
 from pjengine.request import Request
 from pjengine.step_inputs import StepInputs
-from pjengine.token_budget import CurvePoint, describe, knee
+from pjengine.token_budget import CurvePoint, describe, knee, measure_curve
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ _SHORT = 8  # tokens of a text, on average, for which a shape has rows
 _LONG = 64  # the same, in shapes for long texts: those with _LONG_FROM tokens, if texts may be as long
 _LONG_FROM = 2048
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
-_TIMED = 4  # batches one behind the other whose time is measured
 
 
 def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) -> list[Bucket]:
@@ -148,23 +147,21 @@ class EmbeddingRunner:
         return RunningBatch(results, len(lengths), bucket.tokens)
 
     def measure(self) -> list[CurvePoint]:
-        """Seconds of full batches of each size, several one behind the other, as under load."""
-        curve = []
-        for bucket in sorted({b.tokens: b for b in sorted(self._executables)}.values()):  # of a size, the most rows
-            count = min(bucket.rows, max(1, bucket.tokens // _TIMED_LENGTH))
-            cuts = [bucket.tokens * i // count for i in range(count + 1)]
+        """Seconds of full batches of each size, as `measure_curve` takes them."""
+        rows = {bucket.tokens: bucket.rows for bucket in sorted(self._executables)}  # of a size, the most
+
+        def timed(size: int, batches: int) -> float:
+            count = min(rows[size], max(1, size // _TIMED_LENGTH))
+            cuts = [size * i // count for i in range(count + 1)]
             texts = [
                 Request(request_id="", prompt_token_ids=[0] * (end - begin)) for begin, end in itertools.pairwise(cuts)
             ]
-            self.dispatch(texts).read()
-            best = float("inf")
-            for _ in range(2):
-                started = time.perf_counter()
-                batches = [self.dispatch(texts) for _ in range(_TIMED)]
-                batches[-1].read()
-                best = min(best, (time.perf_counter() - started) / _TIMED)
-            curve.append(CurvePoint(bucket.tokens, best))
-        return curve
+            started = time.perf_counter()
+            running = [self.dispatch(texts) for _ in range(batches)]
+            running[-1].read()
+            return time.perf_counter() - started
+
+        return measure_curve(rows, timed)
 
 
 def _layout(bucket: Bucket, token_types: bool) -> Layout:

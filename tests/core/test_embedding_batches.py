@@ -14,7 +14,7 @@ from pjengine.embedding_engine import EmbeddingEngine
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.request import Output, Request
-from pjengine.token_budget import CurvePoint, knee
+from pjengine.token_budget import CurvePoint, knee, measure_curve
 from pjengine.waiting_line import LOOKAHEAD, PATIENCE, WaitingLine
 
 BUDGET, MAX_ROWS, WINDOW = 100, 16, 150
@@ -247,3 +247,18 @@ def test_knee_is_not_moved_by_a_little_noise() -> None:
     for _ in range(50):
         curve = [CurvePoint(1 << n, (1e-3 + (1 << n) * 1e-6) * rng.uniform(0.995, 1.005)) for n in range(4, 18)]
         assert knee(curve).tokens in (1 << 15, 1 << 16)
+
+
+def test_batches_that_take_long_are_not_measured() -> None:
+    timed: list[tuple[int, int]] = []
+
+    def seconds(size: int, batches: int) -> float:
+        timed.append((size, batches))
+        return batches * size / 100
+
+    assert measure_curve([512, 64, 128, 32], seconds) == [
+        CurvePoint(32, 0.32),
+        CurvePoint(64, 0.64),
+        CurvePoint(128, 1.28),
+    ]
+    assert [size for size, _ in timed if size >= 128] == [128, 128]
