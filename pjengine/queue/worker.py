@@ -24,6 +24,7 @@ from pjengine.request import Output, Request
 logger = logging.getLogger(__name__)
 
 BEATS = 3  # in a visibility time-out
+POLL_SECONDS = 2e-3  # between looks for another batch while one runs: a step may be as short as a nap
 RETRY_SECONDS = 0.5  # between attempts to reach a Redis that is lost
 STALLED = 30  # visibility time-outs after which a batch that does not end is left to lapse
 # Two batches are in hand, so that the device never waits for the queue: with half of the budget each for documents, a
@@ -127,6 +128,7 @@ class Worker:
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._ended = threading.Event()
         self._failure: PJEngineError | None = None
+        self._next_claim = 0.0  # on time.monotonic's clock
         self._lost = False
 
     def run(self) -> int:
@@ -158,7 +160,8 @@ class Worker:
     def _round(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if not self._signals.received and len(self._batches) < IN_HAND and not self._alone:
+        may_claim = not self._signals.received and len(self._batches) < IN_HAND and not self._alone
+        if may_claim and (not self._batches or time.monotonic() >= self._next_claim):
             self._claim()
         if self._engine.has_work:
             for output in self._engine.step():
@@ -176,6 +179,7 @@ class Worker:
             lambda: self._link.claim(limits.budget, limits.max_rows, limits.budget // IN_HAND, len(self._batches))
         )
         if claim is None:
+            self._next_claim = time.monotonic() + POLL_SECONDS
             return
         self._batches[claim.id] = _Batch(claim, len(claim.payloads))
         for number, (item, payload) in enumerate(claim.payloads.items()):

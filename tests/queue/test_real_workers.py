@@ -76,7 +76,7 @@ def test_every_request_is_answered_once_or_refused(
 
     assert sorted(answers) == list(range(next(numbers)))
     assert {answer.status_code for answer in answers.values()} == {200}
-    with LLM(MODEL, dtype="float32") as llm:
+    with LLM(MODEL, dtype="float32", max_num_batched_tokens=256) as llm:
         expected = np.stack([result.embedding for result in llm.embed(TEXTS, use_tqdm=False)])
     for number, answer in answers.items():
         found = np.array([entry["embedding"] for entry in answer.json()["data"]])
