@@ -49,8 +49,12 @@ class RedisServer:
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        with self.client() as client:
-            wait_for(lambda: _answers(client))
+        try:
+            with self.client() as client:
+                wait_for(lambda: _answers(client))
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         if self._process is not None:
