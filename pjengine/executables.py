@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import pjengine
 from pjengine.models.embedded import cache_directory
+from pjengine.pallas_kernels.backends import current_target, load_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class ExecutableStore:
     def __init__(self, directory: Path | None, setting: object):
         """directory: None: nothing is kept. setting: whatever changes the executables besides their keys."""
         self._directory = directory
+        load_runtime(current_target())
         device = jax.devices()[0]
         parts = (
             _source_digest(),

@@ -50,6 +50,16 @@ def current_target() -> Target:
     return Target(device.platform, int(str(capability).replace(".", "")), cores, device.device_kind)
 
 
+def load_runtime(target: Target) -> None:
+    """Lets XLA compile and load programs with Mosaic kernels that this process has not traced.
+
+    Tracing imports what tells XLA where Mosaic's runtime library is; without it such a program fails with "Symbols not
+    found: mosaic_gpu_launch_kernel" and hangs.
+    """
+    if target.compute_capability == 90:
+        importlib.import_module("jax.experimental.mosaic.gpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation of an op.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pjengine.errors import ConfigError, KernelUnavailable
+from pjengine.executables import ExecutableStore
 from pjengine.pallas_kernels import describe_backends
 from pjengine.pallas_kernels.backends import Backend, Target, accept, current_target, select
 from pjengine.pallas_kernels.specs import AttentionSpec
@@ -112,3 +113,15 @@ def test_triton_refuses_by_name(change: dict[str, Any], capability: int | None, 
 def test_without_triton_the_refusal_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'pjengine[triton]'" in str(triton_refusal(SPEC, AMPERE))
+
+
+@pytest.mark.parametrize(("target", "imported"), [(HOPPER, ["jax.experimental.mosaic.gpu"]), (CPU, []), (AMPERE, [])])
+def test_programs_traced_elsewhere_find_the_runtime(
+    monkeypatch: pytest.MonkeyPatch, target: Target, imported: list[str]
+) -> None:
+    """Forward steps are lowered in other processes or come from the cache: this one never traces a kernel."""
+    seen: list[str] = []
+    monkeypatch.setattr("pjengine.executables.current_target", lambda: target)
+    monkeypatch.setattr("importlib.import_module", seen.append)
+    ExecutableStore(None, "setting")
+    assert seen == imported
