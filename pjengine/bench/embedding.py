@@ -54,9 +54,13 @@ def run(engine: EmbeddingEngine, prompts: list[list[int]]) -> float:
 def open_loop(
     engine: EmbeddingEngine, prompts: list[list[int]], rate: float, policy: str = "", seed: int = 0
 ) -> LoadPoint:
-    """Poisson arrivals at `rate` per second, whatever has come back by then; the prompts again and again."""
+    """Poisson arrivals at `rate` per second, whatever has come back by then; the prompts again and again.
+
+    The last one comes at its expected time: few random gaps would be another load than the one that is reported.
+    """
     count = int(np.clip(rate * SECONDS, FEWEST_REQUESTS, min(MOST_REQUESTS, engine.max_waiting)))
-    due = (time.monotonic() + np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))).tolist()
+    arrivals = np.cumsum(np.random.default_rng(seed).exponential(size=count))
+    due = (time.monotonic() + arrivals * (count / rate / arrivals[-1])).tolist()
     start, sent = due[0], 0
     latencies: list[float] = []
     while len(latencies) < count:

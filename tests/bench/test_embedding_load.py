@@ -70,6 +70,12 @@ def test_open_loop_counts_from_the_time_a_request_was_due() -> None:
     assert 1000 < point.throughput < 4000
 
 
+def test_what_is_offered_is_what_arrives() -> None:
+    engine = EmbeddingEngine(EngineInfo("instant", "embed", 100, 20, embedding_size=2), Instant())  # type: ignore[arg-type]
+    point = open_loop(engine, PROMPTS, 100.0)  # its 100 random gaps are 18 % longer than 100 expected ones
+    assert 0.9 * point.offered < point.throughput < 1.1 * point.offered
+
+
 def test_summary_compares_at_no_longer_p90() -> None:
     points = [
         LoadPoint(ONE_AT_A_TIME.name, 500, 500, 1, 2, 3),
@@ -81,6 +87,7 @@ def test_summary_compares_at_no_longer_p90() -> None:
     found = summary(points)
     assert (found["one_at_a_time_per_second"], found["token_count_per_second"]) == (890, 9000)
     assert found["ratio"] == pytest.approx(9000 / 890)
+    assert summary(points[2:]) == {}
 
 
 def test_plot(tmp_path: Path) -> None:
