@@ -63,15 +63,12 @@ class Work:
       key: of the executable, unique over all works.
       lower: traces and lowers it: returns a `jax.stages.Lowered`.
       options: of XLA's compiler, beside its defaults.
-      elsewhere: waits for another process that lowers it, so that several may be called at once; where it fails,
-        `lower` does it here.
     """
 
     what: str
     key: Hashable
     lower: Callable[[], Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    elsewhere: Callable[[], Any] | None = None
 
 
 class Executables(Protocol):
@@ -173,19 +170,9 @@ class Compilation:
 
     Loading, tracing and lowering start at once. Compiling waits for `begin`: XLA tries kernels out in the device's
     memory, which would leave holes between arrays that are put there meanwhile.
-
-    Args:
-      start: gets the works that are not in the store, before any of them is lowered.
     """
 
-    def __init__(
-        self,
-        works: Iterable[Work],
-        store: ExecutableStore,
-        progress: bool = True,
-        start: Callable[[list[Work]], None] | None = None,
-    ):
-        self._start = start
+    def __init__(self, works: Iterable[Work], store: ExecutableStore, progress: bool = True):
         self._works = {work.key: work for work in works}
         self._store = store
         self._futures: dict[Hashable, Future[Executable]] = {key: Future() for key in self._works}
@@ -258,19 +245,14 @@ class Compilation:
             else:
                 self._kept += 1
                 self._end(work.key, found)
-        if missing and self._start is not None:
-            self._start(missing)
-        for work in sorted(missing, key=lambda work: work.elsewhere is None):
-            if work.elsewhere is not None:
-                self._tasks.put(functools.partial(self._lower, work))
-            else:
-                self._lower(work)
+        for work in missing:
+            self._lower(work)
 
     def _lower(self, work: Work) -> None:
         if self._futures[work.key].cancelled():
             return
         try:
-            lowered = _lowered(work)
+            lowered = work.lower()
         except Exception as error:
             self._end(work.key, error)
             return
@@ -287,7 +269,7 @@ class Compilation:
             return
         work = self._works[key]
         try:
-            made = Executable.of(_compiled(work, lowered))
+            made = Executable.of(lowered.compile(compiler_options=dict(work.options) or None))
             self._store.keep(work.what, key, made)
         except Exception as error:
             self._end(key, error)
@@ -312,26 +294,6 @@ class Compilation:
     def _report(self) -> None:
         made = len(self._works) - self._kept
         logger.info("executables: %d loaded, %d compiled in %.1f s", self._kept, made, time.monotonic() - self._started)
-
-
-def _lowered(work: Work) -> Any:
-    if work.elsewhere is not None:
-        try:
-            return work.elsewhere()
-        except Exception as error:
-            logger.warning("%s: another process failed to lower it (%s); doing it here", work.key, error)
-    return work.lower()
-
-
-def _compiled(work: Work, lowered: Any) -> Any:
-    options = dict(work.options) or None
-    try:
-        return lowered.compile(compiler_options=options)
-    except Exception as error:
-        if work.elsewhere is None:
-            raise
-        logger.warning("%s: what another process lowered does not compile (%s); lowering it here", work.key, error)
-        return work.lower().compile(compiler_options=options)
 
 
 def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:

@@ -22,10 +22,9 @@ from pjengine.embedding_runner import EmbeddingRunner, embedding_buckets
 from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import OutOfMemory
-from pjengine.executables import Compilation, ExecutableStore, Work, open_store, use_compile_cache
+from pjengine.executables import Compilation, ExecutableStore, open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
-from pjengine.lowering import LoweringProcesses, Task
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget
 from pjengine.model_runner import ModelRunner
 from pjengine.models.heads import Head
@@ -34,7 +33,6 @@ from pjengine.models.params import is_spec
 from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
 from pjengine.pallas_kernels import describe_backends
-from pjengine.pallas_kernels.backends import current_target
 from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
 from pjengine.step_programs import RunnerShape, StepPrograms, cpu_buckets, gpu_buckets
@@ -164,17 +162,7 @@ def _start_steps(
     pages = cache_shapes(specs, plan.pages, limits.page_size, model.dtype)
     programs = StepPrograms(model.module, model.config, model.specs, pages, shape)
     store = open_store(config.compile_cache, (model.config, shape, plan.pages, model.dtype.name))
-    target = current_target()
-    if target.compute_capability != 90:  # programs are traced for a GPU that is not there for Hopper only
-        return _Steps(programs, Compilation(programs.all_works(), store, progress), store)
-    task = Task(model.module.__name__, model.config, model.specs, programs.cache, programs.shape, target)
-    processes = LoweringProcesses(task, programs)
-
-    def start(works: list[Work]) -> None:
-        processes.start([work.key for work in works if isinstance(work.key, Bucket)])
-
-    works = programs.all_works(elsewhere=processes.lower)
-    return _Steps(programs, Compilation(works, store, progress, start), store)
+    return _Steps(programs, Compilation(programs.all_works(), store, progress), store)
 
 
 def _make_runner(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -96,27 +96,21 @@ class StepPrograms:
         self.forward = forward_function(module, config, shape)
         self._sample = jax.jit(_sample_step, donate_argnums=1, static_argnums=3)
 
-    def works(self, bucket: Bucket, elsewhere: Callable[[Bucket], Any] | None = None) -> list[Work]:
-        """The executables that a step in this bucket may need, the forward pass first.
-
-        Args:
-          elsewhere: lowers the forward pass in another process.
-        """
-        here = functools.partial(self.lower_forward, bucket)
-        there = None if elsewhere is None else functools.partial(elsewhere, bucket)
+    def works(self, bucket: Bucket) -> list[Work]:
+        """The executables that a step in this bucket may need, the forward pass first."""
         return [
-            Work("forward steps", bucket, here, compiler_options(bucket), there),
+            Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), compiler_options(bucket)),
             *sampler_works(bucket.rows, self.shape.vocab_size, self.lower_sampler),
         ]
 
-    def all_works(self, count: int | None = None, elsewhere: Callable[[Bucket], Any] | None = None) -> list[Work]:
+    def all_works(self, count: int | None = None) -> list[Work]:
         """Those of the first `count` buckets (None: all) in the order in which they are wanted: the two that can run
-        any step, then the slowest to compile. elsewhere: as in `works`.
+        any step, then the slowest to compile.
         """
         mixed = sorted((b for b in self.shape.buckets if not b.decode), reverse=True)
         decode = sorted((b for b in self.shape.buckets if b.decode), reverse=True)
         wanted = [*mixed[:1], *decode[:1], *mixed[1:], *decode[1:]]
-        return list({work.key: work for bucket in wanted[:count] for work in self.works(bucket, elsewhere)}.values())
+        return list({work.key: work for bucket in wanted[:count] for work in self.works(bucket)}.values())
 
     def needed(self, bucket: Bucket, executables: Executables) -> int:
         """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments."""
