@@ -20,8 +20,10 @@ import jax
 from pjengine.bench import kernels, report
 from pjengine.bench.kernels import Heads, Timer
 from pjengine.errors import KernelUnavailable
-from pjengine.pallas_kernels.backends import current_target
+from pjengine.pallas_kernels.backends import Target, current_target
+from pjengine.pallas_kernels.paged.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.triton_support import triton_refusal
 from pjengine.pallas_kernels.tuning import TABLES, shape_key, table_name
 
 HEADS = (Heads(32, 8, 128), Heads(9, 3, 64))
@@ -29,7 +31,7 @@ ENCODER_HEADS = (Heads(16, 16, 64), Heads(12, 12, 32))
 PAGE = 64
 DECODE_LENS = [512] * 64 + [4096] * 16
 PREFILL_SPANS = [(2048, 2048)] * 2 + [(512, 4096)]
-PACKED_LENS = [18] * 400 + [512] * 16
+SHORT_LENS, LONG_LENS = [18] * 900, [512] * 16 + [204] * 40
 COMPILATIONS = os.cpu_count() or 1
 MARGIN = 0.98  # a candidate replaces the heuristic where it needs less of its time than this
 
@@ -104,60 +106,94 @@ def write_table(tunables: Iterable[Tunable], say: Callable[[str], None], folder:
     return path
 
 
-def all_tunables() -> list[Tunable]:
-    return [*triton_tunables()]
+def all_tunables() -> Iterator[Tunable]:
+    """Of the backends that serve this GPU."""
+    target = dataclasses.replace(current_target(), device_kind=None)  # no table: the heuristics themselves
+    spec = AttentionSpec(32, 8, 128, page_size=PAGE)
+    if mosaic_refusal(spec, target) is None:
+        yield from mosaic_tunables(target)
+    if triton_refusal(spec, target) is None:
+        yield from triton_tunables(target)
 
 
-def triton_tunables() -> Iterator[Tunable]:
+def mosaic_tunables(target: Target) -> Iterator[Tunable]:
+    from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS
+    from pjengine.pallas_kernels.packed import mosaic as packed
+    from pjengine.pallas_kernels.packed.mosaic_long import long_config
+    from pjengine.pallas_kernels.packed.mosaic_short import short_config
+    from pjengine.pallas_kernels.paged import mosaic as paged
+
+    sms = target.cores or HOPPER_SMS
+    for heads in HEADS:
+        spec = AttentionSpec(heads.query, heads.kv, heads.dim, page_size=PAGE)
+        decode = dataclasses.replace(spec, decode=True)
+        fields = {"block": (64, 128), "stages": (2, 3, 4, 6)}
+        op = functools.partial(_paged, paged.paged_attention, "decode", decode)
+        timer = functools.partial(_decode_timer, op, decode)
+        yield Tunable("mosaic decode", decode, paged.decode_config(decode, target), fields, timer)
+        op = functools.partial(_paged, paged.paged_attention, "prefill", spec)
+        timer = functools.partial(_prefill_timer, op, spec)
+        yield Tunable("mosaic prefill", spec, paged.prefill_config(spec, target), fields, timer)
+    for heads in ENCODER_HEADS:
+        spec = AttentionSpec(heads.query, heads.kv, heads.dim, causal=False)
+        op = functools.partial(_packed, packed.packed_attention, "short", spec)
+        timer = functools.partial(_packed_timer, op, spec, SHORT_LENS)
+        yield Tunable("mosaic packed, short", spec, short_config(spec, sms), {"warpgroups": (2, 3, 4)}, timer)
+        op = functools.partial(_packed, packed.packed_attention, "long", spec)
+        timer = functools.partial(_packed_timer, op, spec, LONG_LENS)
+        fields = {"block": (64, 128), "stages": (2, 4, 6)}
+        yield Tunable("mosaic packed, long", spec, long_config(spec, sms), fields, timer)
+
+
+def triton_tunables(target: Target) -> Iterator[Tunable]:
     from pjengine.pallas_kernels.packed import triton as packed
     from pjengine.pallas_kernels.paged import triton as paged
     from pjengine.pallas_kernels.triton_attention import tile_config
 
-    target = dataclasses.replace(current_target(), device_kind=None)  # no table: the heuristic itself
     shapes = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)}
     for heads in HEADS:
         spec = AttentionSpec(heads.query, heads.kv, heads.dim, page_size=PAGE)
         decode = dataclasses.replace(spec, decode=True)
-        attend = functools.partial(_paged, paged.paged_attention, "single_tiles")
+        op = functools.partial(_paged, paged.paged_attention, "single_tiles", decode)
         heuristic = tile_config(decode, target, single=True)
-        yield Tunable("triton decode", decode, heuristic, shapes, functools.partial(_decode_timer, attend, decode))
-        attend = functools.partial(_paged, paged.paged_attention, "tiles")
+        yield Tunable("triton decode", decode, heuristic, shapes, functools.partial(_decode_timer, op, decode))
+        op = functools.partial(_paged, paged.paged_attention, "tiles", spec)
         heuristic = tile_config(spec, target, single=False)
         prefill = {"queries": (64, 128), **shapes}
-        yield Tunable("triton prefill", spec, heuristic, prefill, functools.partial(_prefill_timer, attend, spec))
+        yield Tunable("triton prefill", spec, heuristic, prefill, functools.partial(_prefill_timer, op, spec))
     for heads in ENCODER_HEADS:
         spec = AttentionSpec(heads.query, heads.kv, heads.dim, causal=False)
         heuristic = tile_config(spec, target, single=False)
-        attend = functools.partial(_packed, packed.packed_attention, "tiles")
-        fields = {"queries": (32, 64, 128), **shapes}
-        yield Tunable("triton packed", spec, heuristic, fields, functools.partial(_packed_timer, attend, spec))
+        op = functools.partial(_packed, packed.packed_attention, "tiles", spec)
+        timer = functools.partial(_packed_timer, op, spec, SHORT_LENS + LONG_LENS)
+        yield Tunable("triton packed", spec, heuristic, {"queries": (32, 64, 128), **shapes}, timer)
 
 
 def _paged(function: Any, name: str, spec: AttentionSpec, config: Any, *arrays: Any, **options: Any) -> Any:
     return function(*arrays, None, None, None, spec=spec, scale=options["scale"], **{name: config})
 
 
-def _packed(function: Any, name: str, spec: AttentionSpec, config: Any, *arrays: Any, **options: Any) -> Any:
-    return function(*arrays, None, spec=spec, scale=options["scale"], **{name: config})
+def _packed(function: Any, name: str, spec: AttentionSpec, config: Any, *arguments: Any, **options: Any) -> Any:
+    *arrays, query_starts = arguments
+    return function(tuple(arrays), query_starts, None, spec=spec, scale=options["scale"], **{name: config})
 
 
 def _heads(spec: AttentionSpec) -> Heads:
     return Heads(spec.heads, spec.kv_heads, spec.head_dim)
 
 
-def _decode_timer(attend: Any, spec: AttentionSpec, config: Any) -> Timer:
+def _decode_timer(op: Any, spec: AttentionSpec, config: Any) -> Timer:
     spans = [(1, length) for length in DECODE_LENS]
-    op = functools.partial(attend, spec, config)
-    return kernels.paged_timer(spans, decode=True, heads=_heads(spec), page=PAGE, op=op)
+    return kernels.paged_timer(spans, decode=True, heads=_heads(spec), page=PAGE, op=functools.partial(op, config))
 
 
-def _prefill_timer(attend: Any, spec: AttentionSpec, config: Any) -> Timer:
-    op = functools.partial(attend, spec, config)
+def _prefill_timer(op: Any, spec: AttentionSpec, config: Any) -> Timer:
+    op = functools.partial(op, config)
     return kernels.paged_timer(PREFILL_SPANS, decode=False, heads=_heads(spec), page=PAGE, op=op)
 
 
-def _packed_timer(attend: Any, spec: AttentionSpec, config: Any) -> Timer:
-    return kernels.packed_timer(PACKED_LENS, _heads(spec), op=functools.partial(attend, spec, config))
+def _packed_timer(op: Any, spec: AttentionSpec, lens: list[int], config: Any) -> Timer:
+    return kernels.packed_timer(lens, _heads(spec), op=functools.partial(op, config))
 
 
 if __name__ == "__main__":

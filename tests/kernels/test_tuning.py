@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pjengine.bench import kernels, tuning
 from pjengine.bench.kernels import Timer
 from pjengine.bench.tuning import Tunable, tune
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import shape_key, tuned
+from tests.kernels.hopper import lower_for_hopper
 
 H200 = Target("gpu", 90, 132, "NVIDIA H200")
 SPEC = AttentionSpec(heads=32, kv_heads=8, head_dim=128, page_size=64)
@@ -67,3 +72,24 @@ def test_tuning_keeps_the_fastest_that_compiles() -> None:
 
 def test_a_gain_below_the_margin_leaves_the_heuristic() -> None:
     assert tune(Tunable("decode", SPEC, Config(), {"stages": (2, 3)}, timed), lambda line: None) is None
+
+
+def test_what_is_tuned_lowers_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each Mosaic kernel with its heuristic, over small batches."""
+    monkeypatch.setattr(kernels, "_random", lambda seed, *shape: jnp.zeros(shape, jnp.bfloat16))
+    monkeypatch.setattr(kernels, "CALLS", 1)
+    for name, small in {"DECODE_LENS": [70], "PREFILL_SPANS": [(70, 70)], "LONG_LENS": [200]}.items():
+        monkeypatch.setattr(tuning, name, small)
+    monkeypatch.setattr(tuning, "SHORT_LENS", [18] * 3)
+    texts: list[str] = []
+
+    def lowered(function: Any, *arguments: Any) -> Timer:
+        texts.append(lower_for_hopper(function, *((x.shape, x.dtype) for x in arguments)))
+        return lambda: 0.0
+
+    monkeypatch.setattr(kernels, "_timer", lambda f, *arguments: lowered(f, *jax.tree.leaves(arguments)))
+    found = [tunable for tunable in tuning.mosaic_tunables(Target("gpu", 90, 132)) if "packed" in tunable.kernel]
+    for tunable in found:
+        tunable.prepare(tunable.heuristic)
+    assert len(texts) == len(found) == 4
+    assert all("@mosaic_gpu_v2" in text for text in texts)

@@ -6,11 +6,12 @@ import jax
 
 from pjengine.pallas_kernels.backends import current_target
 from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS
-from pjengine.pallas_kernels.packed.mosaic_long import TILE, long_attention, long_config
-from pjengine.pallas_kernels.packed.mosaic_short import BLOCK, short_attention, short_config
+from pjengine.pallas_kernels.packed.mosaic_long import TILE, LongConfig, long_attention, long_config
+from pjengine.pallas_kernels.packed.mosaic_short import BLOCK, ShortConfig, short_attention, short_config
 from pjengine.pallas_kernels.packed.operands import packed_operands
 from pjengine.pallas_kernels.packed.plan import packed_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.tuning import tuned
 
 SHORT = 64  # tokens: batches made for sequences of a smaller mean length take the kernel for short ones
 
@@ -22,17 +23,22 @@ def packed_attention(
     *,
     spec: AttentionSpec,
     scale: float,
+    short: ShortConfig | None = None,
+    long: LongConfig | None = None,
 ) -> jax.Array:
-    """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,).
+    """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,); short, long: instead of the tuned
+    configs.
 
     Both kernels serve any lengths; which is quicker is told by the shapes alone, tokens per sequence.
     """
     tokens, sequences = arrays[0].shape[0], max(1, query_starts.shape[0] - 1)
-    sms = current_target().cores or HOPPER_SMS
+    target = current_target()
+    sms = target.cores or HOPPER_SMS
     operands = packed_operands(arrays, spec)
     if tokens // sequences < SHORT:
         plan = packed_plan(query_starts, tokens, spec, rows=TILE_ROWS, block=BLOCK)
-        return short_attention(operands, plan, spec=spec, scale=scale, config=short_config(spec, sms))
-    config = long_config(spec, sms)
-    plan = packed_plan(query_starts, tokens, spec, rows=TILE, block=config.block)
-    return long_attention(operands, plan, spec=spec, scale=scale, config=config)
+        short = short or tuned("mosaic packed, short", spec, target, short_config(spec, sms))
+        return short_attention(operands, plan, spec=spec, scale=scale, config=short)
+    long = long or tuned("mosaic packed, long", spec, target, long_config(spec, sms))
+    plan = packed_plan(query_starts, tokens, spec, rows=TILE, block=long.block)
+    return long_attention(operands, plan, spec=spec, scale=scale, config=long)

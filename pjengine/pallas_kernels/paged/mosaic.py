@@ -11,6 +11,7 @@ from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan, paged_decode
 from pjengine.pallas_kernels.paged.mosaic_prefill import PrefillConfig, paged_prefill, prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.tuning import tuned
 
 SHARED_BYTES = 225 * 1024  # per SM, less what barriers take
 BLOCK_BYTES = 16 * 1024
@@ -31,12 +32,14 @@ def paged_attention(
     *,
     spec: AttentionSpec,
     scale: float,
+    decode: DecodeConfig | None = None,
+    prefill: PrefillConfig | None = None,
 ) -> jax.Array:
-    """See `pjengine.pallas_kernels.paged_attention`."""
+    """See `pjengine.pallas_kernels.paged_attention`. decode, prefill: instead of the tuned configs."""
     target = current_target()
     if spec.kv_scales:
         k_scale, v_scale = (_per_head(x, spec.kv_heads) for x in (k_scale, v_scale))
-    decode = decode_config(spec, target)
+    decode = decode or decode_config(spec, target)
     if spec.decode:
         plan = decode_plan(kv_lens, spec, decode)
         return paged_decode(
@@ -69,7 +72,7 @@ def paged_attention(
         v_scale,
         spec=spec,
         scale=scale,
-        config=prefill_config(spec, target),
+        config=prefill or prefill_config(spec, target),
     )
     single_lens = jnp.where(counts == 1, jnp.maximum(kv_lens, 0), -1)
     plan = decode_plan(single_lens, spec, decode)
@@ -98,7 +101,8 @@ def decode_config(spec: AttentionSpec, target: Target) -> DecodeConfig:
     block = 128 if token * 128 <= BLOCK_BYTES else 64
     workers = 2 if token * 64 <= BLOCK_BYTES else 1
     stages = min(MAX_STAGES, DECODE_RING_BYTES // (2 * workers * block * token))
-    return DecodeConfig(block=block, stages=stages, workers=workers, sms=target.cores or HOPPER_SMS)
+    heuristic = DecodeConfig(block=block, stages=stages, workers=workers, sms=target.cores or HOPPER_SMS)
+    return tuned("mosaic decode", spec, target, heuristic)
 
 
 def prefill_config(spec: AttentionSpec, target: Target) -> PrefillConfig:
@@ -110,7 +114,9 @@ def prefill_config(spec: AttentionSpec, target: Target) -> PrefillConfig:
     if spec.kv_dtype != spec.dtype:
         room -= 2 * block * spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize
     stages = min(MAX_STAGES, room // (2 * block * token))
-    return PrefillConfig(block=block, stages=stages, query_stages=query_stages, sms=target.cores or HOPPER_SMS)
+    sms = target.cores or HOPPER_SMS
+    heuristic = PrefillConfig(block=block, stages=stages, query_stages=query_stages, sms=sms)
+    return tuned("mosaic prefill", spec, target, heuristic)
 
 
 def _per_head(scale: jax.Array | None, kv_heads: int) -> jax.Array:
