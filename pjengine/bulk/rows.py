@@ -11,8 +11,6 @@ import orjson
 
 from pjengine.errors import InvalidRequest
 
-_SKIP_BYTES = 1 << 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -20,16 +18,15 @@ class Place:
 
     Attributes:
       offset: bytes from the file's start; lines: before it.
-      last_bytes, last_sha256: of the last line, to know the file again.
+      sha256: of what it was before the last line and that line, to know all that was read again.
     """
 
     offset: int = 0
     lines: int = 0
-    last_bytes: int = 0
-    last_sha256: str = ""
+    sha256: str = ""
 
     def after(self, line: bytes) -> Place:
-        return Place(self.offset + len(line), self.lines + 1, len(line), hashlib.sha256(line).hexdigest())
+        return Place(self.offset + len(line), self.lines + 1, hashlib.sha256(self.sha256.encode() + line).hexdigest())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +105,12 @@ def _id(row: Mapping[str, Any], field: str | None, number: int) -> str:
 
 
 def _skip(file: BinaryIO, start: Place) -> None:
-    before = start.offset - start.last_bytes
-    if file.seekable():
-        file.seek(before)
-    else:
-        while before > 0 and (block := file.read(min(before, _SKIP_BYTES))):
-            before -= len(block)
-    if hashlib.sha256(file.read(start.last_bytes)).hexdigest() != (start.last_sha256 or hashlib.sha256().hexdigest()):
+    place = Place()
+    while place.lines < start.lines and (line := file.readline()):
+        place = place.after(line)
+    if place != start:
         raise InvalidRequest(
-            f"input: line {start.lines} is not what it was when the job was interrupted; give another --output, or "
-            "delete its .parts folder to begin anew",
+            f"input: lines 1 to {start.lines} are not what they were when the job was interrupted; give another "
+            "--output, or delete its .parts folder to begin anew",
             field="input",
         )

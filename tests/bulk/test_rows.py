@@ -76,8 +76,7 @@ def test_going_on_from_any_place_reads_the_rest(lines: list[str], newline: bool,
 
 def test_another_file_is_noticed() -> None:
     _, _, (place, *_) = read(b'"a"\n"b"\n"c"\n"d"\n')
-    with pytest.raises(InvalidRequest, match="line 3 is not what it was"):
-        read(b'"a"\n"b"\n"x"\n"d"\n', place)
-    with pytest.raises(InvalidRequest, match="line 3 is not what it was"):
-        read(b'"a"\n', place)
+    for changed in (b'"a"\n"b"\n"x"\n"d"\n', b'"x"\n"b"\n"c"\n"d"\n', b'"a"\n'):
+        with pytest.raises(InvalidRequest, match="lines 1 to 3 are not what they were"):
+            read(changed, place)
     assert read(b'"a"\n"b"\n"c"\n"e"\n', place)[0] == [("4", "e", 4)]
