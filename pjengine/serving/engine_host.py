@@ -10,7 +10,7 @@ from pjengine.serving.engine_process import MakeEngine, run_engine
 from pjengine.serving.processes import how_it_ended, start_process
 
 STOP_SECONDS = 5.0  # an engine that has not ended by then is killed
-LAST_WORDS_SECONDS = 0.1  # for a Fatal with a better reason to arrive
+LAST_WORDS_SECONDS = 0.3  # for a Fatal with a better reason to arrive
 
 
 class EngineHost:

@@ -59,6 +59,8 @@ class EngineLike(Protocol):
 
 MakeEngine = Callable[[EngineConfig], EngineLike]
 
+FIRST_CLIENT = "api0"  # the name of the process that starts the engine's
+
 
 def make_default_engine(config: EngineConfig) -> EngineLike:
     """The real engine; imports JAX, so only the engine's process calls this."""
@@ -83,8 +85,8 @@ def run_engine(make_engine: MakeEngine, config: EngineConfig, address: str, log_
         socket.set_hwm(0)  # a slow reader must not block the engine; what it owes is bounded by max_tokens
         socket.bind(address)
         link = _Link(socket)
-        # A failure can be told only to a process that has said Hello, and the one that started us says it at once.
-        clients = [link.wait_hello()]
+        # A failure is said by the process that started us, whose Hello may come after another's.
+        clients = link.wait_hellos(FIRST_CLIENT.encode())
         try:
             EngineLoop(make_engine(config), link, clients).run()
             return
@@ -119,11 +121,14 @@ class _Link:
             return None
         return client, self._decoder.decode(self._socket.recv())
 
-    def wait_hello(self) -> bytes:
-        while True:
+    def wait_hellos(self, wanted: bytes) -> list[bytes]:
+        """Waits for a client's Hello. Returns: it and those whose Hello came before."""
+        clients: list[bytes] = []
+        while wanted not in clients:
             received = self.receive(block=True)
             if received is not None and isinstance(received[1], Hello):
-                return received[0]
+                clients.append(received[0])
+        return clients
 
 
 @dataclasses.dataclass(slots=True)

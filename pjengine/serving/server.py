@@ -19,7 +19,7 @@ from pjengine.serving.api_processes import STOP_SECONDS, ApiProcess, ApiProcesse
 from pjengine.serving.context import make_context
 from pjengine.serving.engine_client import Client, EngineClient
 from pjengine.serving.engine_host import EngineHost
-from pjengine.serving.engine_process import MakeEngine, make_default_engine
+from pjengine.serving.engine_process import FIRST_CLIENT, MakeEngine, make_default_engine
 from pjengine.serving.http_server import Signals, engine_ready, loop_factory, serve_http
 from pjengine.serving.logs import configure_logging
 from pjengine.serving.queue_client import QueueClient
@@ -69,7 +69,7 @@ async def _serve(
         address, counters = f"ipc://{directory / 'engine'}", directory / "counters"
         connect: Callable[[str], Client]
         connect = functools.partial(QueueClient, queue, config) if queue else functools.partial(EngineClient, address)
-        client = connect("api0")
+        client = connect(FIRST_CLIENT)
         stack.push_async_callback(client.close)
         others = ApiProcesses(ApiProcess(0, options, config, load_text, connect, counters), client)
         signals = Signals()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import signal
 import socket
@@ -14,7 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pjengine.config import EngineConfig
+from pjengine.errors import PJEngineError
 from pjengine.serving.api_processes import MOST_DEATHS
+from pjengine.serving.engine_client import EngineClient
+from pjengine.serving.engine_host import EngineHost
+from pjengine.serving.engine_process import FIRST_CLIENT
+from tests.serving.fake_engine import fail_to_start
 from tests.serving.live_server import ROOT, LiveServer, fake_command, running, wait_for
 from tests.serving.test_lifecycle import check_death, open_requests
 
@@ -144,6 +152,27 @@ def test_an_engine_that_cannot_start_says_so_once() -> None:
     command = fake_command("memory", api_processes=PROCESSES)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, timeout=60, text=True)
     assert (done.returncode, done.stderr) == (1, "pjengine: error: weights take 80 GiB, the device has 24 GiB\n")
+
+
+def test_the_first_process_hears_why_though_another_said_hello_before(tmp_path: Path) -> None:
+    async def start() -> None:
+        ended: list[str] = []
+        address = f"ipc://{tmp_path / 'engine'}"
+        other = EngineClient(address, "api1")
+        fail = functools.partial(fail_to_start, how="memory")
+        host = EngineHost(fail, EngineConfig(model="fake"), address, "error", ended.append)
+        try:
+            await asyncio.sleep(1)
+            assert ended == []
+            first = EngineClient(address, FIRST_CLIENT)
+            for client in (first, other):
+                with pytest.raises(PJEngineError, match="weights take 80 GiB"):
+                    await asyncio.wait_for(client.wait_ready(), 20)
+                await client.close()
+        finally:
+            await host.stop(asked=False)
+
+    asyncio.run(start())
 
 
 def test_a_port_is_not_shared_with_another_server(several: LiveServer) -> None:
