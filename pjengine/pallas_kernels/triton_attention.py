@@ -56,12 +56,13 @@ class Work:
 
 
 def tile_config(spec: AttentionSpec, target: Target, *, single: bool) -> TileConfig:
-    """The device's tuned tiles, or ones that the shared memory of an sm89 (99 KiB) holds."""
-    wide = spec.head_dim > 128 or spec.dtype == "float32"
+    """The device's tuned tiles, or ones that an sm89's shared memory (99 KiB) holds by their sizes."""
+    wide, float32 = spec.head_dim > 128, spec.dtype == "float32"
+    keys = 64 >> (wide + float32)
     if single:
-        heuristic = TileConfig(max(16, triton.next_power_of_2(spec.group)), 32 if wide else 64, 4, 2)
+        heuristic = TileConfig(max(16, triton.next_power_of_2(spec.group)), keys, 4, 2)
         return tuned("triton decode", spec, target, heuristic)
-    heuristic = TileConfig(64 if wide else 128, 32 if wide else 64, 4 if spec.head_dim <= 64 else 8, 2)
+    heuristic = TileConfig(128 >> (wide + float32), keys, 4 if spec.head_dim <= 64 else 8, 2)
     return tuned("triton prefill" if spec.page_size else "triton packed", spec, target, heuristic)
 
 

@@ -74,12 +74,11 @@ def test_a_gain_below_the_margin_leaves_the_heuristic() -> None:
     assert tune(Tunable("decode", SPEC, Config(), {"stages": (2, 3)}, timed), lambda line: None) is None
 
 
-def test_what_is_tuned_lowers_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each Mosaic kernel with its heuristic, over small batches."""
+def test_the_packed_kernels_that_are_tuned_lower_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their heuristics, over small batches; the paged kernels are lowered in test_mosaic_lowering."""
     monkeypatch.setattr(kernels, "_random", lambda seed, *shape: jnp.zeros(shape, jnp.bfloat16))
     monkeypatch.setattr(kernels, "CALLS", 1)
-    for name, small in {"DECODE_LENS": [70], "PREFILL_SPANS": [(70, 70)], "LONG_LENS": [200]}.items():
-        monkeypatch.setattr(tuning, name, small)
+    monkeypatch.setattr(tuning, "LONG_LENS", [200])
     monkeypatch.setattr(tuning, "SHORT_LENS", [18] * 3)
     texts: list[str] = []
 
