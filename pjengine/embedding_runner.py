@@ -32,6 +32,9 @@ _CPU_SIZES = (32, 128, 512)
 _SHORT = 8  # tokens of a text, on average, for which a shape has rows
 _LONG = 64  # the same, in shapes for long texts: those with _LONG_FROM tokens, if texts may be as long
 _LONG_FROM = 2048
+# Tokens from which on cuBLAS takes all products of a batch: it is at the speed of the tensor cores, and its epilogues
+# spare passes over activations. With few tokens Triton's products that split the inner dimension are faster.
+_CUBLAS_FROM = 512
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
 
 
@@ -92,6 +95,10 @@ class EmbeddingRunner:
         self._params = params
         self._token_types = token_types
         self._layouts = {b: _layout(b, token_types) for b in buckets}
+        gpu = jax.default_backend() == "gpu"
+
+        def cublas(bucket: Bucket) -> bool:
+            return gpu and bucket.tokens >= _CUBLAS_FROM
 
         def run(params: Any, packed: jax.Array, bucket: Bucket) -> jax.Array:
             v = _layout(bucket, token_types).unpack(packed)
@@ -102,6 +109,7 @@ class EmbeddingRunner:
                 kv_lens=jnp.diff(v["query_starts"]),
                 token_types=v.get("token_types"),
                 backend=backend,
+                epilogues=cublas(bucket),
             )
             hidden, _ = module.forward(params, inputs, None, model_config)
             return heads.apply(head, params, hidden, inputs)
@@ -112,6 +120,7 @@ class EmbeddingRunner:
             "batches",
             store,
             progress,
+            options=lambda bucket: {"xla_gpu_enable_triton_gemm": False} if cublas(bucket) else {},
         )
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)

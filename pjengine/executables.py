@@ -315,9 +315,12 @@ def compile_all(
     Args:
       lowerings: key -> function that returns a `jax.stages.Lowered`.
       what: names the work in the store.
+      options: of XLA's compiler, beside its defaults.
     Returns: key -> `jax.stages.Compiled`.
     """
-    compilation = Compilation([Work(what, key, lower) for key, lower in lowerings.items()], store, progress)
+    compilation = Compilation(
+        [Work(what, key, lower, options(key)) for key, lower in lowerings.items()], store, progress
+    )
     compilation.begin()
     compilation.wait()
     logger.info("%s are ready", what, extra={"phase": what})

@@ -68,6 +68,8 @@ class StepInputs:
     token_types: jax.Array | None = None  # int32 [T]: BERT segments; None means all 0
     decode: bool = struct.field(pytree_node=False, default=False)  # every row has one query (T == R): row r is token r
     backend: str = struct.field(pytree_node=False, default="auto")  # attention backend, as --attention-backend
+    # Every product is compiled to cuBLAS's: an activation that its epilogue knows may be written in that form.
+    epilogues: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def last_tokens(self) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 from pjengine.bench.roofline import Roofline
 from pjengine.bench.workloads import Item, items
 from pjengine.engine import Engine
+from pjengine.errors import ConfigError
 from pjengine.model_runner import ModelRunner
 from pjengine.request import Request
 from pjengine.sampling_params import SamplingParams
@@ -53,13 +54,21 @@ def _with_length(params: SamplingParams, length: int) -> SamplingParams:
 def decode(
     engine: Engine, batch: int, context: int, steps: int, roofline: Roofline, params: SamplingParams = GREEDY
 ) -> dict[str, Any]:
-    """Milliseconds of one decode step, from the difference of a long and a short run, so that prefill cancels out."""
-    vocab = engine.info.vocab_size
-    run(engine, items([(context, 3)] * batch, vocab), params)
-    _runner(engine).settle()
-    short = run(engine, items([(context, 9)] * batch, vocab), params)
-    long = run(engine, items([(context, 9 + steps)] * batch, vocab), params)
-    seconds = (long.seconds - short.seconds) / steps
+    """Milliseconds of one decode step: `steps` steps in which all rows decode and nothing else happens."""
+    for timed in (False, True):
+        _start_decoding(engine, batch, context, steps, params)
+        if not timed:  # the first round asks for the samplers
+            engine.step()
+            _runner(engine).settle()
+        started = time.perf_counter()
+        tokens = sum(len(output.token_ids) for _ in range(steps if timed else 1) for output in engine.step())
+        seconds = (time.perf_counter() - started) / steps
+        for i in range(batch):
+            engine.abort(f"bench-{i}")
+        while engine.has_work:
+            engine.step()
+    if tokens != batch * steps:
+        raise RuntimeError(f"{batch} rows decode {steps} steps, and {tokens} tokens came")
     least = _decode_bytes(engine, batch, context + steps // 2) / roofline.copy_bandwidth
     return {
         "batch": batch,
@@ -68,6 +77,24 @@ def decode(
         "tokens_per_second": batch / seconds,
         "share_of_roofline": least / seconds,
     }
+
+
+def _start_decoding(engine: Engine, batch: int, context: int, steps: int, params: SamplingParams) -> None:
+    """Adds `batch` prompts of `context` tokens and returns when each has its first token and nothing is prefilled."""
+    if batch > engine.scheduler.max_num_seqs:
+        raise ConfigError(f"batch: at most max_num_seqs, {engine.scheduler.max_num_seqs}, run at once; got {batch}")
+    # The first rows decode while the last prompts are read: at most a step each, beside those that their tokens take.
+    length = steps + batch + batch * context // _runner(engine).step_tokens + 8
+    if context + length > engine.info.max_model_len:
+        raise ConfigError(
+            f"context, steps: sequences grow to {context + length} tokens; max_model_len is {engine.info.max_model_len}"
+        )
+    asked = _with_length(params, length)
+    for i, item in enumerate(items([(context, 1)] * batch, engine.info.vocab_size)):
+        engine.add(Request(request_id=f"bench-{i}", prompt_token_ids=item.prompt_token_ids, params=asked))
+    waiting = {f"bench-{i}" for i in range(batch)}
+    while waiting:
+        waiting -= {output.request_id for output in engine.step()}
 
 
 def prefill(engine: Engine, count: int, length: int, roofline: Roofline) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
-from pjengine.models.layers import gelu, layer_norm, linear
+from pjengine.models.layers import layer_norm, linear, linear_gelu
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
 from pjengine.models.relative_positions import relative_buckets
 from pjengine.pallas_kernels import packed_attention_qkv
@@ -147,7 +147,7 @@ def _layer(
         backend=inputs.backend,
     )
     x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer["o_bias"]), layer, "attn_norm", config)
-    up = gelu(linear(x, layer["up"], layer["up_bias"]))
+    up = linear_gelu(x, layer["up"], layer["up_bias"], epilogue=inputs.epilogues)
     return _norm(x + linear(up, layer["down"], layer["down_bias"]), layer, "mlp_norm", config)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels import apply_rope, packed_attention, paged_attention, rope_write_kv
+from pjengine.pallas_kernels import apply_rope, packed_attention, paged_attention, rope_write_kv, rope_write_kv_qkv
 from pjengine.step_inputs import LayerCache, StepInputs
 
 
@@ -63,6 +63,17 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
+def linear_gelu(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, epilogue: bool) -> jax.Array:
+    """gelu(linear(x, weight, bias)).
+
+    Args:
+      epilogue: for 16-bit types, write GELU's tanh form, which XLA gives to cuBLASLt's epilogue. That applies it to the
+        float32 sum: its own error (5e-4 at most) is far below that of rounding the sum before an exact GELU.
+    """
+    y = linear(x, weight, bias)
+    return jax.nn.gelu(y, approximate=True) if epilogue and x.dtype.itemsize == 2 else gelu(y)
+
+
 def split_heads(qkv: jax.Array, num_heads: int, num_kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fused [T, (heads + 2 * kv_heads) * head_dim] to q [T, heads, head_dim] and k, v [T, kv_heads, head_dim]."""
     heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
@@ -90,24 +101,65 @@ def causal_attention(
       group: which of the inputs' write slots and block tables are the layer's.
     Returns: [T, heads, head_dim], and the pages with this step's k and v written; those passed in are dead (donated).
     """
-    scale, backend = q.shape[-1] ** -0.5, inputs.backend
     if pages is None:
-        q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
-        starts = inputs.query_starts
-        return packed_attention(q, k, v, starts, scale=scale, causal=True, window=window, backend=backend), None
+        return _attend_packed(q, k, v, rotation, inputs, window), None
     q, k_pages, v_pages = rope_write_kv(
-        q, k, v, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=backend
+        q, k, v, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=inputs.backend
     )
+    return _attend_pages(q, LayerCache(k_pages, v_pages), inputs, window, group)
+
+
+def causal_attention_qkv(
+    qkv: jax.Array,
+    num_kv_heads: int,
+    rotation: tuple[jax.Array, jax.Array],
+    inputs: StepInputs,
+    pages: LayerCache | None,
+    *,
+    window: int | None,
+    group: int,
+) -> tuple[jax.Array, LayerCache | None]:
+    """`causal_attention` of a fused projection, read where it lies.
+
+    Args:
+      qkv: [T, heads + 2 * num_kv_heads, head_dim], not yet rotated.
+      The others, and what it returns: as in `causal_attention`.
+    """
+    if pages is None:
+        heads = qkv.shape[1] - 2 * num_kv_heads
+        return _attend_packed(*jnp.split(qkv, (heads, heads + num_kv_heads), axis=1), rotation, inputs, window), None
+    q, k_pages, v_pages = rope_write_kv_qkv(
+        qkv, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=inputs.backend
+    )
+    return _attend_pages(q, LayerCache(k_pages, v_pages), inputs, window, group)
+
+
+def _attend_packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    inputs: StepInputs,
+    window: int | None,
+) -> jax.Array:
+    q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
+    scale, starts = q.shape[-1] ** -0.5, inputs.query_starts
+    return packed_attention(q, k, v, starts, scale=scale, causal=True, window=window, backend=inputs.backend)
+
+
+def _attend_pages(
+    q: jax.Array, pages: LayerCache, inputs: StepInputs, window: int | None, group: int
+) -> tuple[jax.Array, LayerCache]:
     attended = paged_attention(
         q,
-        k_pages,
-        v_pages,
+        pages.k,
+        pages.v,
         inputs.query_starts,
         inputs.kv_lens,
         inputs.block_tables[group],
-        scale=scale,
+        scale=q.shape[-1] ** -0.5,
         decode=inputs.decode,
         window=window,
-        backend=backend,
+        backend=inputs.backend,
     )
-    return attended, LayerCache(k_pages, v_pages)
+    return attended, pages

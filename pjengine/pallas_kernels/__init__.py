@@ -1,7 +1,7 @@
 """Attention and KV-cache ops over one ragged batch: public functions, jnp references, GPU kernels."""
 
 from pjengine.pallas_kernels.describe import describe_backends
-from pjengine.pallas_kernels.kv_write.api import rope_write_kv
+from pjengine.pallas_kernels.kv_write.api import rope_write_kv, rope_write_kv_qkv
 from pjengine.pallas_kernels.packed.api import packed_attention, packed_attention_qkv
 from pjengine.pallas_kernels.paged.api import paged_attention
 from pjengine.pallas_kernels.rope import apply_rope
@@ -13,4 +13,5 @@ __all__ = [
     "packed_attention_qkv",
     "paged_attention",
     "rope_write_kv",
+    "rope_write_kv_qkv",
 ]

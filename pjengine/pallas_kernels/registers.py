@@ -96,6 +96,14 @@ def pointer(ref: Any, offset: Int32) -> Any:
     return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [offset.value], ir.IntegerType.get_signless(8))
 
 
+def far_pointer(ref: Any, item: Int32, item_bytes: int, offset: Int32) -> Any:
+    """Address of a byte in one of many items; the reference may be larger than 2 GiB."""
+    word, long = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(64)
+    begin = arith.muli(arith.extui(long, item.value), mgpu.c(item_bytes, long))
+    place = arith.addi(begin, arith.extui(long, offset.value))
+    return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [place], word)
+
+
 def words(count: int) -> Any:
     """The type of `count` 32-bit words."""
     word = ir.IntegerType.get_signless(32)

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from pjengine.errors import KernelUnavailable
-from pjengine.pallas_kernels import packed_attention, packed_attention_qkv, paged_attention, rope_write_kv
+from pjengine.pallas_kernels import (
+    packed_attention,
+    packed_attention_qkv,
+    paged_attention,
+    rope_write_kv,
+    rope_write_kv_qkv,
+)
 from tests.kernels.hopper import lower_for_hopper
 
 # heads, kv_heads, head_dim, page_size
@@ -142,6 +148,33 @@ def test_kv_write_is_in_place(tokens: int, kv_dtype: str) -> None:
     (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2" in line)
     assert call.count("output_operand_alias<") == 2
     assert text.count("tf.aliasing_output") == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_dtype", "fused"),
+    [
+        ((32, 8, 128), "bfloat16", True),
+        ((8, 4, 256), "bfloat16", True),
+        ((32, 8, 128), "float8_e4m3fn", False),  # XLA rotates and narrows
+    ],
+)
+def test_kv_write_of_a_fused_projection_is_one_launch(shape: tuple[int, int, int], kv_dtype: str, fused: bool) -> None:
+    heads, kv_heads, head_dim = shape
+    for tokens in (1, 5000):
+        text = lower_for_hopper(
+            lambda qkv, cos, sin, k_pages, v_pages, slots: rope_write_kv_qkv(
+                qkv, cos, sin, k_pages, v_pages, slots, backend="mosaic"
+            ),
+            ((tokens, heads + 2 * kv_heads, head_dim), "bfloat16"),
+            *[((tokens, head_dim // 2), "float32")] * 2,
+            *[((30, kv_heads, 64, head_dim), kv_dtype)] * 2,
+            ((tokens,), "int32"),
+            donate_argnums=(3, 4),
+        )
+        (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2" in line)
+        assert ("stablehlo.multiply" in text) != fused
+        assert call.count("output_operand_alias<") == 2
+        assert text.count("tf.aliasing_output") == 2
 
 
 def test_refusals_name_the_reason() -> None:

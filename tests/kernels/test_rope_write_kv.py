@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.pallas_kernels import apply_rope, rope_write_kv
+from pjengine.pallas_kernels import apply_rope, rope_write_kv, rope_write_kv_qkv
 
 PAGES, KV_HEADS, PAGE, DIM = 5, 2, 4, 8
 
@@ -93,3 +93,25 @@ def test_contradicting_arguments_are_refused() -> None:
         rope_write_kv(q, k[:3], v, cos, sin, *pools(), slots)
     with pytest.raises(ValueError, match="k_pages"):
         rope_write_kv(q, k, v, cos, sin, pools()[0][:, :1], pools()[1][:, :1], slots)
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_a_fused_projection_gives_what_its_parts_give(rotated: bool) -> None:
+    q, k, v, *angles = inputs()
+    cos, sin = angles if rotated else (None, None)
+    slots = jnp.array([4, 11, -1, 19, 13, -7], jnp.int32)
+    expected = rope_write_kv(q, k, v, cos, sin, *pools(), slots)
+    actual = rope_write_kv_qkv(jnp.concatenate([q, k, v], axis=1), cos, sin, *pools(), slots)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_wrong_shapes_of_a_fused_projection() -> None:
+    q, k, v, cos, sin = inputs()
+    qkv, slots = jnp.concatenate([q, k, v], axis=1), jnp.arange(4, 10, dtype=jnp.int32)
+    with pytest.raises(ValueError, match=r"qkv: expected \[T, heads \+ 2 \* 2, head_dim\], got \(6, 4, 8\)"):
+        rope_write_kv_qkv(qkv[:, :4], cos, sin, *pools(), slots)
+    with pytest.raises(ValueError, match="k_pages, v_pages"):
+        rope_write_kv_qkv(qkv[..., :4], cos[:, :2], sin[:, :2], *pools(), slots)
+    with pytest.raises(ValueError, match="write_slots"):
+        rope_write_kv_qkv(qkv, cos, sin, *pools(), slots[:3])

@@ -1,4 +1,4 @@
-"""`rope_write_kv`: the public op, its argument checks and its backends."""
+"""`rope_write_kv` and `rope_write_kv_qkv`: the public ops, their argument checks and their backends."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pjengine.pallas_kernels.specs import KVWriteSpec
 BACKENDS = (
     Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.kv_write.mosaic", "rope_write_kv"),
     Backend("reference", accept, "pjengine.pallas_kernels.kv_write.reference", "rope_write_kv"),
+)
+BACKENDS_QKV = (
+    Backend("mosaic", mosaic_refusal, "pjengine.pallas_kernels.kv_write.mosaic_qkv", "rope_write_kv_qkv"),
+    Backend("reference", accept, "pjengine.pallas_kernels.kv_write.reference", "rope_write_kv_qkv"),
 )
 
 
@@ -50,21 +54,66 @@ def rope_write_kv(
     """
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k, v: shapes {k.shape}, {v.shape} do not fit q {q.shape}")
-    if k_pages.shape != v_pages.shape or k_pages.shape[1] != k.shape[1] or k_pages.shape[3] != k.shape[2]:
-        raise ValueError(f"k_pages, v_pages: {k_pages.shape}, {v_pages.shape} do not fit k {k.shape}")
-    if write_slots.shape != (q.shape[0],):
-        raise ValueError(f"write_slots: expected [{q.shape[0]}], got {write_slots.shape}")
+    spec = _spec((q.shape[1], k.shape[1]), q, cos, sin, k_pages, v_pages, write_slots, (k_scale, v_scale))
+    implementation = select("rope_write_kv", writer(backend), BACKENDS, spec).load()
+    return implementation(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
+
+
+def rope_write_kv_qkv(
+    qkv: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    write_slots: jax.Array,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`rope_write_kv` of a fused projection, read where it lies.
+
+    Args:
+      qkv: [T, heads + 2 * kv_heads, head_dim]: the heads of q, then those of k, then those of v.
+      The others: as in `rope_write_kv`.
+    Returns: (q rotated [T, heads, head_dim], k_pages, v_pages).
+    """
+    kv_heads = k_pages.shape[1]
+    heads = qkv.shape[1] - 2 * kv_heads if qkv.ndim == 3 else 0
+    if heads < 1 or heads % kv_heads:
+        raise ValueError(f"qkv: expected [T, heads + 2 * {kv_heads}, head_dim], got {qkv.shape}")
+    spec = _spec((heads, kv_heads), qkv, cos, sin, k_pages, v_pages, write_slots, (k_scale, v_scale))
+    implementation = select("rope_write_kv", writer(backend), BACKENDS_QKV, spec).load()
+    return implementation(qkv, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
+
+
+def _spec(
+    heads: tuple[int, int],
+    tokens: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    write_slots: jax.Array,
+    scales: tuple[jax.Array | None, jax.Array | None],
+) -> KVWriteSpec:
+    """The static side of a call. heads: of q and of k; tokens: [T, …, head_dim]."""
+    count, _, head_dim = tokens.shape
+    if k_pages.shape != v_pages.shape or k_pages.shape[1] != heads[1] or k_pages.shape[3] != head_dim:
+        raise ValueError(
+            f"k_pages, v_pages: {k_pages.shape}, {v_pages.shape} do not fit {heads[1]} KV heads of {head_dim}"
+        )
+    if write_slots.shape != (count,):
+        raise ValueError(f"write_slots: expected [{count}], got {write_slots.shape}")
     if (cos is None) != (sin is None):
         raise ValueError("cos, sin: expected both or neither")
-    spec = KVWriteSpec(
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        dtype=q.dtype.name,
+    return KVWriteSpec(
+        heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=head_dim,
+        dtype=tokens.dtype.name,
         kv_dtype=k_pages.dtype.name,
         page_size=k_pages.shape[2],
         rope=cos is not None,
-        kv_scales=k_scale is not None or v_scale is not None,
+        kv_scales=any(scale is not None for scale in scales),
     )
-    implementation = select("rope_write_kv", writer(backend), BACKENDS, spec).load()
-    return implementation(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)

@@ -1,4 +1,4 @@
-"""jnp reference of `rope_write_kv`, also the CPU path: one scatter per page pool, in place under donation."""
+"""jnp references of `kv_write`, also the CPU path: one scatter per page pool, in place under donation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ def rope_write_kv(
     if cos is not None and sin is not None:
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     return q, _write(k_pages, k, write_slots, k_scale), _write(v_pages, v, write_slots, v_scale)
+
+
+def rope_write_kv_qkv(
+    qkv: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    write_slots: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    *,
+    spec: KVWriteSpec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `pjengine.pallas_kernels.rope_write_kv_qkv`."""
+    q, k, v = jnp.split(qkv, (spec.heads, spec.heads + spec.kv_heads), axis=1)
+    return rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
 
 
 def quantised(tokens: jax.Array, dtype: jnp.dtype, scale: jax.Array | None) -> jax.Array:
