@@ -84,14 +84,29 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
     """
     started = time.monotonic()
     prepare_device(config)
+    model = _find_model(config)
+    if model.head is None:
+        engine: Engine | EmbeddingEngine = _make_generator(config, model, progress)
+    else:
+        engine = _make_embedder(config, model, model.head, progress)
+    info, seconds = engine.info, time.monotonic() - started
+    logger.info(
+        "ready in %.1f s: %s to %s, %s on %s, up to %d tokens", seconds, info.model, info.kind, info.dtype, info.device,
+        info.max_model_len, extra={"phase": "cache and tables"},
+    )  # fmt: skip
+    return engine
+
+
+def generates(config: EngineConfig) -> bool:
+    """Whether the model would generate; reads its configuration alone. Raises: ModelError as `make_engine`."""
+    return _find_model(config).head is None
+
+
+def _find_model(config: EngineConfig) -> _Model:
     source = resolve(config.model, config.load_format)
     module, model_config = model_of(source)
     dtype = choose_dtype(source, config.dtype)
-    head = head_of(source, module, model_config, config.task)
-    model = _Model(source, module, model_config, dtype, head)
-    engine = _make_generator(config, model, progress) if head is None else _make_embedder(config, model, head, progress)
-    logger.info("ready in %.1f s: %s", time.monotonic() - started, engine.info, extra={"phase": "cache and tables"})
-    return engine
+    return _Model(source, module, model_config, dtype, head_of(source, module, model_config, config.task))
 
 
 def prepare_device(config: EngineConfig) -> None:

@@ -59,10 +59,12 @@ class PairEncoder:
         *,
         instruction: str | None = None,
         max_tokens: int | None = None,
+        field: str = "query",
     ) -> list[PairTokens]:
         """One sequence for each document, in order; the query is tokenised once.
 
         Args:
+          field: what the user calls the query, for errors.
           instruction: what to judge by, for models with a template; None: the model's default.
           max_tokens: longer sequences lose the end of their document; None: they stay as they are.
         Raises:
@@ -70,14 +72,14 @@ class PairEncoder:
             instruction.
         """
         if self._own_template or self._qwen3:
-            return self._from_template(query, documents, instruction, max_tokens)
+            return self._from_template(query, documents, instruction, max_tokens, field)
         if instruction is not None:
             raise InvalidRequest(f"instruction: {self._info.model} reads none; leave it out", field="instruction")
-        pairs = self._tokenizer.encode_pairs(query, documents, max_tokens)
+        pairs = self._tokenizer.encode_pairs(query, documents, max_tokens, field)
         return [PairTokens(ids, types if self._info.token_types else None) for ids, types in pairs]
 
     def _from_template(
-        self, query: str, documents: Sequence[str], instruction: str | None, max_tokens: int | None
+        self, query: str, documents: Sequence[str], instruction: str | None, max_tokens: int | None, field: str
     ) -> list[PairTokens]:
         before, after = self._render(query, instruction or self._instruction)
         space = before[len(before.rstrip(" ")) :]  # a document's first word is one token with the space before it
@@ -88,9 +90,9 @@ class PairEncoder:
             if room < 1:
                 taken = len(head) + len(tail)
                 raise InvalidRequest(
-                    f"query: {taken} tokens with what stands around it, so a pair of {max_tokens} tokens "
+                    f"{field}: {taken} tokens with what stands around it, so a pair of {max_tokens} tokens "
                     "has no room for a document; shorten it",
-                    field="query",
+                    field=field,
                     code="context_length_exceeded",
                 )
             bodies = [body[:room] for body in bodies]

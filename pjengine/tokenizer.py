@@ -114,12 +114,13 @@ class Tokenizer:
         return ids
 
     def encode_pairs(
-        self, first: str, seconds: Sequence[str], max_tokens: int | None = None
+        self, first: str, seconds: Sequence[str], max_tokens: int | None = None, field: str = "query"
     ) -> list[tuple[list[int], list[int]]]:
         """Token ids and token types of the pair that a text makes with each of others, special tokens included.
 
         Args:
           max_tokens: longer pairs lose the end of their second text.
+          field: what the user calls the first text, for errors.
         Raises:
           InvalidRequest: a text is no valid Unicode, or the first leaves the second no room.
         """
@@ -130,9 +131,9 @@ class Tokenizer:
             taken = len(head) + self.backend.num_special_tokens_to_add(True)
             if taken >= max_tokens:
                 raise InvalidRequest(
-                    f"query: {taken} tokens with the special ones, so a pair of {max_tokens} tokens has no room for a "
-                    "document; shorten it",
-                    field="query",
+                    f"{field}: {taken} tokens with the special ones, so a pair of {max_tokens} tokens has no room for "
+                    "a document; shorten it",
+                    field=field,
                     code="context_length_exceeded",
                 )
             for body in bodies:

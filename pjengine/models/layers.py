@@ -127,7 +127,8 @@ def causal_attention_qkv(
     """
     if pages is None:
         heads = qkv.shape[1] - 2 * num_kv_heads
-        return _attend_packed(*jnp.split(qkv, (heads, heads + num_kv_heads), axis=1), rotation, inputs, window), None
+        q, k, v = jnp.split(qkv, (heads, heads + num_kv_heads), axis=1)
+        return _attend_packed(q, k, v, rotation, inputs, window), None
     q, k_pages, v_pages = rope_write_kv_qkv(
         qkv, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=inputs.backend
     )

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -62,13 +62,11 @@ def make_default_engine(config: EngineConfig) -> BatchEngine:
     Raises:
       ConfigError: the model generates.
     """
-    from pjengine.engine import Engine
-    from pjengine.factory import make_engine
+    from pjengine.factory import generates, make_engine
 
-    engine = make_engine(config)
-    if isinstance(engine, Engine):
+    if generates(config):
         raise ConfigError(f"model: {config.model} generates text; the queue is for models that embed or classify")
-    return engine
+    return cast(BatchEngine, make_engine(config))
 
 
 def run_worker(options: QueueOptions, config: EngineConfig, make_engine: MakeEngine = make_default_engine) -> int:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import ConfigError
 from pjengine.queue.client_link import ClientLink, Item
 from pjengine.queue.options import QueueOptions
+from pjengine.queue.worker import run_worker
 from pjengine.queue.worker_link import WorkerLink
 from tests.queue.redis_server import RedisServer
 from tests.serving.live_server import wait_for
@@ -101,3 +103,15 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         WorkerLink(QueueOptions(**options))
+
+
+def test_a_model_that_generates_is_refused_before_it_is_loaded(
+    options: QueueOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: object) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr("pjengine.factory.make_engine", load)
+    model = str(Path(__file__).parents[1] / "golden" / "llama")
+    with pytest.raises(ConfigError, match="generates text; the queue is for models that embed or classify"):
+        run_worker(options, EngineConfig.make(model))

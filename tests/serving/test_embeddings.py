@@ -44,6 +44,12 @@ def test_token_ids(embedder: LiveServer) -> None:
     assert [e.embedding[:3] for e in two.data] == [[3, 5, 7], [1, 8, 8]]
 
 
+def test_no_encoding_format_is_float(embedder: LiveServer) -> None:
+    for given in ({}, {"encoding_format": None}):
+        answer = embedder.post("/v1/embeddings", {"input": [5, 6, 7], **given})
+        assert answer.json()["data"][0]["embedding"] == pytest.approx([3, 5, 7, 0.1])
+
+
 def test_many_inputs_keep_their_order(embedder: LiveServer) -> None:
     answer = embedder.client().embeddings.create(model="fake", input=[[i] for i in range(250)], encoding_format="float")
     assert [e.embedding[1] for e in answer.data] == list(range(250))

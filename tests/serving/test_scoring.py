@@ -112,7 +112,7 @@ def test_classify(classifier: LiveServer, path: str) -> None:
         ("/score", {"text_1": ["a", "b"], "text_2": ["c", "d", "e"]}, "text_1"),
         ("/score", {"text_1": 1, "text_2": "a"}, "text_1"),
         ("/score", {"text_1": "a", "text_2": ["b", 2]}, "text_2[1]"),
-        ("/score", {"text_1": "a" * 600, "text_2": "b", "truncate_prompt_tokens": -1}, "query"),
+        ("/score", {"text_1": "a" * 600, "text_2": "b", "truncate_prompt_tokens": -1}, "text_1"),
         ("/score", {"text_1": "a", "text_2": "b", "instruction": "judge"}, "instruction"),
         ("/rerank", {"query": "a"}, "documents"),
         ("/rerank", {"query": "a", "documents": []}, "documents"),

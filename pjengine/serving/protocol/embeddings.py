@@ -12,7 +12,9 @@ from pjengine.serving.protocol.pooling import PoolingRequest, PromptInput
 
 class EmbeddingRequest(PoolingRequest):
     input: PromptInput
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64: of little-endian float32 values.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: of little-endian float32 values; null: float."
+    )
     dimensions: int | None = Field(
         None, description="The first so many elements of each embedding, scaled to length 1 (Matryoshka models)."
     )

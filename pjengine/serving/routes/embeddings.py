@@ -33,7 +33,7 @@ async def create_embeddings(context: ServerContext, body: EmbeddingRequest) -> R
         input_type=body.input_type,
     )
     vectors = shorten(vectors, body.dimensions)
-    encode = np.asarray if body.encoding_format == "float" else _base64
+    encode = _base64 if body.encoding_format == "base64" else np.asarray
     return arrays_response(
         {
             "object": "list",

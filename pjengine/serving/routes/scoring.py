@@ -89,8 +89,8 @@ async def _score(context: ServerContext, body: PairRequest, pairs: _Pairs) -> tu
     def encode() -> list[PairTokens]:
         return [
             pair
-            for query, documents in pairs.groups
-            for pair in encoder.encode(query, documents, instruction=body.instruction, max_tokens=most)
+            for (query, documents), field in zip(pairs.groups, pairs.query_fields, strict=True)
+            for pair in encoder.encode(query, documents, instruction=body.instruction, max_tokens=most, field=field)
         ]
 
     encoded = await asyncio.to_thread(encode)
