@@ -7,7 +7,7 @@ import jax
 from pjengine.pallas_kernels.backends import current_target
 from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS
 from pjengine.pallas_kernels.packed.mosaic_long import TILE, LongConfig, long_attention, long_config
-from pjengine.pallas_kernels.packed.mosaic_short import BLOCK, ShortConfig, short_attention, short_config
+from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, short_attention, short_config
 from pjengine.pallas_kernels.packed.operands import packed_operands
 from pjengine.pallas_kernels.packed.plan import packed_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
@@ -36,8 +36,8 @@ def packed_attention(
     sms = target.cores or HOPPER_SMS
     operands = packed_operands(arrays, spec)
     if tokens // sequences < SHORT:
-        plan = packed_plan(query_starts, tokens, spec, rows=TILE_ROWS, block=BLOCK)
         short = short or tuned("mosaic packed, short", spec, target, short_config(spec, sms))
+        plan = packed_plan(query_starts, tokens, spec, rows=TILE_ROWS, block=short.block)
         return short_attention(operands, plan, spec=spec, scale=scale, config=short)
     long = long or tuned("mosaic packed, long", spec, target, long_config(spec, sms))
     plan = packed_plan(query_starts, tokens, spec, rows=TILE, block=long.block)

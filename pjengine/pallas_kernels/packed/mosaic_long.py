@@ -67,7 +67,7 @@ def long_attention(
     """Attention of a plan with tiles of TILE and blocks of config.block: [T, heads, head_dim]."""
     (out,) = launch(
         functools.partial(_kernel, heads_at=operands.heads_at, spec=spec, scale=scale, config=config),
-        (*operands.arrays, plan.ranges, plan.tiles, plan.count, plan.real_tokens),
+        (*operands.arrays, plan.ranges, plan.tiles),
         out_type=(operands.out_type,),
         scratch=dict(
             q_smem=tiled_smem((2, COMPUTE_WARPGROUPS, TILE_ROWS, spec.head_dim), operands.dtype),
@@ -118,11 +118,12 @@ def _kernel(
     config: LongConfig,
     **ring_refs: Any,
 ) -> None:
-    *sources, ranges_ref, tiles_ref, count_ref, real_tokens_ref, out_ref = refs
+    *sources, ranges_ref, tiles_ref, out_ref = refs
     q_ref, k_ref, v_ref = sources if len(sources) == 3 else sources * 3
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
     ring = Ring(**ring_refs)
-    items = count_ref[0] * spec.heads
+    real_tokens, count = (tiles_ref[0, i] for i in (6, 7))
+    items = count * spec.heads
 
     def for_each_item(body: Callable[[_Item], None]) -> None:
         """Calls body for every work item of this SM, in the same order in every warpgroup."""
@@ -196,7 +197,7 @@ def _kernel(
                     scale=scale,
                     soft_cap=spec.soft_cap,
                     mask=mask if masked else None,
-                    tokens=real_tokens_ref[0] - first_key if masked else None,
+                    tokens=real_tokens - first_key if masked else None,
                 )
 
             state = initial_state(spec.head_dim)
