@@ -23,7 +23,7 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
 from pjengine.pallas_kernels import flash, mosaic_common
-from pjengine.pallas_kernels.packed import mosaic_short
+from pjengine.pallas_kernels.packed import mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 
 
@@ -211,7 +211,7 @@ def interpreted() -> Iterator[None]:
         }
     )
     with contextlib.ExitStack() as stack:
-        for module in (flash, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short):
+        for module in (flash, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short, tiles):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

@@ -18,9 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.masking import cap_scores
 from pjengine.pallas_kernels.mosaic_common import (
-    LOG2E,
     MASKED,
     TILE_ROWS,
     clear_rows_from,
@@ -32,7 +30,7 @@ from pjengine.pallas_kernels.mosaic_common import (
 )
 from pjengine.pallas_kernels.packed.operands import PackedOperands
 from pjengine.pallas_kernels.packed.plan import GRANULE, PackedPlan
-from pjengine.pallas_kernels.packed.tiles import mask_scores, store_tile
+from pjengine.pallas_kernels.packed.tiles import in_units, mask_unless, store_tile
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 SLOTS = 2  # of q and of k and v per warpgroup: the one in use and the one being filled
@@ -169,11 +167,9 @@ def _kernel(
             plgpu.barrier_wait(kv_full.at[wg * SLOTS + slot])
             keys = k_smem.at[wg, slot].transpose((1, 0))
             scores = _product(q_smem.at[wg, q_slot], keys, config.block, meanwhile=fetch_next)
-            scores, factor = _in_units(scores, scale, spec.soft_cap)
+            scores, factor = in_units(scores, scale, spec.soft_cap)
             whole = (i >= tile.whole_begin) & (i < tile.whole_end)
-            scores = lax.cond(
-                whole, lambda x: x, lambda x: mask_scores(x, begin - first_key, end - first_key), scores
-            )
+            scores = mask_unless(whole, scores, begin - first_key, end - first_key)
             new_top = jnp.maximum(column(MASKED) if state is None else state[1], scores.max(axis=1))
             weights = scaled_exp2(scores, factor, new_top * factor, 0)
             total = weights.sum(axis=1)
@@ -206,13 +202,6 @@ def _kernel(
         fetch_kv(tile, head, jnp.int32(0), jnp.int32(0))
 
     lax.fori_loop(0, laps, process, (jnp.int32(0), tile, seen_by(tile), read(jnp.int32(1))))
-
-
-def _in_units(scores: jax.Array, scale: float, soft_cap: float | None) -> tuple[jax.Array, float]:
-    """Scores and the positive factor that makes logits to base 2 of them: it joins the exponent's multiply-add."""
-    if soft_cap is not None:
-        return cap_scores(scores * scale, soft_cap), LOG2E
-    return (scores, scale * LOG2E) if scale > 0 else (scores * scale, LOG2E)
 
 
 def _aligned(token: jax.Array) -> jax.Array:

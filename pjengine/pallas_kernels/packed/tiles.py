@@ -8,17 +8,31 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, tile_swizzle, tile_transforms
+from pjengine.pallas_kernels.masking import cap_scores
+from pjengine.pallas_kernels.mosaic_common import LOG2E, tile_swizzle, tile_transforms
 from pjengine.pallas_kernels.registers import Int32, assembly, int32, pointer, this_thread, tile_offset
 
 WARP_ROWS = 16  # rows of a wgmma tile that one warp holds
 CHUNK = 16  # bytes that a lane stores at once
 GLOBAL = 1  # address space
+
+
+def in_units(scores: jax.Array, scale: float, soft_cap: float | None) -> tuple[jax.Array, float]:
+    """Scores and the positive factor that makes logits to base 2 of them: it joins the exponent's multiply-add."""
+    if soft_cap is not None:
+        return cap_scores(scores * scale, soft_cap), LOG2E
+    return (scores, scale * LOG2E) if scale > 0 else (scores * scale, LOG2E)
+
+
+def mask_unless(whole: jax.Array, scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """`mask_scores` where the scalar `whole` is false; where it is true, every row sees every column."""
+    return lax.cond(whole, lambda x: x, lambda x: mask_scores(x, low, high), scores)
 
 
 def mask_scores(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
