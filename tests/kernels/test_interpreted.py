@@ -76,7 +76,7 @@ def test_decode(kv_dtype: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window": 9, "soft_cap": 5.0}])
 def test_packed_short(options: dict[str, Any]) -> None:
-    """Tiles of one and of several blocks, whole ones among them, and padding of NaN; workers with no, one and some items."""
+    """Tiles of one and of several blocks, some of them whole, and NaN in the padding."""
     lens = [5, 3, 0, 150, 20, 40, 1]
     starts = np.cumsum([0, *lens]).astype(np.int32)
     real = int(starts[-1])

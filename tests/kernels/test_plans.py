@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjengine.pallas_kernels.flash import TILE
+from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted
 from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
@@ -127,6 +129,14 @@ def test_short_sequences_meet_the_keys_of_their_own_tile_alone() -> None:
     tiles = np.asarray(plan.tiles)[: plan.tiles[0, 7]]
     assert (tiles[:, 3] == 1).all()
     assert len(tiles) < 1.5 * starts[-1] / 64
+
+
+@pytest.mark.parametrize(
+    ("items", "warpgroups", "sms"),
+    [(1, 1, 1), (48, 1, 48), (132, 1, 132), (133, 2, 132), (500, 4, 132), (9000, 4, 132)],
+)
+def test_few_items_start_few_workers(items: int, warpgroups: int, sms: int) -> None:
+    assert fitted(ShortConfig(block=64, warpgroups=4, sms=132), items) == ShortConfig(64, warpgroups, sms)
 
 
 @SETTINGS

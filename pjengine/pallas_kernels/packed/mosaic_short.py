@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,12 @@ def short_config(spec: AttentionSpec, sms: int, block: int = TILE_ROWS) -> Short
     """As many warpgroups as shared memory has room for."""
     one = SLOTS * (TILE_ROWS + 2 * block) * spec.head_dim * jnp.dtype(spec.dtype).itemsize
     return ShortConfig(block, min(MOST_WARPGROUPS, SHARED_BYTES // one), sms)
+
+
+def fitted(config: ShortConfig, items: int) -> ShortConfig:
+    """The config with no more workers than there can be items: a grid for few starts sooner."""
+    sms = min(config.sms, items)
+    return dataclasses.replace(config, warpgroups=min(config.warpgroups, math.ceil(items / sms)), sms=sms)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))

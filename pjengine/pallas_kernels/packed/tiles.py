@@ -55,7 +55,7 @@ def mask_scores(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array
         words = [_bits(begin, end) for begin, end in zip(begins, ends, strict=True)]
         registers = np.empty_like(scores.registers)
         hidden = mgpu.c(float("-inf"), ir.F32Type.get())
-        # The flat order of a tile's registers: of each 8 columns one pair of this lane's first row and one of its second.
+        # A tile's registers in flat order: of each 8 columns a pair of this lane's first row and one of its second.
         for place, (index, register) in enumerate(np.ndenumerate(scores.registers)):
             word, pair = words[place % 2], place // 2
             for i in range(2):
@@ -98,7 +98,7 @@ def store_tile(smem: Any, ref: Any, values: jax.Array, begin: jax.Array, end: ja
             return tile_offset(thread.warp * 2 + row // 8, row % 8, column, row_bytes, swizzle)
 
         words = [_word(register) for register in values.registers.flat]
-        # A matrix of 8 rows and 8 columns per 8 lanes, which name its rows: (rows 0 to 7, 8 to 15) x (8 columns, next 8).
+        # 8 lanes name the rows of each matrix of 8 by 8: those of rows 0 to 7 and 8 to 15, then of the next 8 columns.
         matrix = lane // 8
         for i in range(0, len(words), 4):
             offset = address((matrix % 2) * 8 + lane % 8, (matrix // 2) * CHUNK + i // 4 * 2 * CHUNK)
