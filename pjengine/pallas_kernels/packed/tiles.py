@@ -78,7 +78,7 @@ def store_tile(smem: Any, ref: Any, values: jax.Array, begin: jax.Array, end: ja
     barrier.
 
     Args:
-      smem: [64, columns] in tiles, nobody's at the time.
+      smem: [64, columns] in tiles, this warpgroup's own; no copy to it is under way.
       ref: GMEM reference [n, columns]; row i of the tile goes to ref[i]. Its rows begin at multiples of 16 bytes.
       values: [64, columns] in Layout.WGMMA, 16-bit elements.
       begin, end: int32 scalars, end <= n.
@@ -98,6 +98,7 @@ def store_tile(smem: Any, ref: Any, values: jax.Array, begin: jax.Array, end: ja
             return tile_offset(thread.warp * 2 + row // 8, row % 8, column, row_bytes, swizzle)
 
         words = [_word(register) for register in values.registers.flat]
+        mgpu_utils.warpgroup_barrier()  # products that read `smem` are done in all warps
         # 8 lanes name the rows of each matrix of 8 by 8: those of rows 0 to 7 and 8 to 15, then of the next 8 columns.
         matrix = lane // 8
         for i in range(0, len(words), 4):
