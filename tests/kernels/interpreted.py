@@ -23,6 +23,7 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
 from pjengine.pallas_kernels import flash, mosaic_common
+from pjengine.pallas_kernels.packed import mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 
 
@@ -109,6 +110,16 @@ def _store_rows(ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) -
         ref[row] = lax.dynamic_index_in_dim(values, row, keepdims=False)
 
 
+def _store_tile(smem: Any, ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) -> None:
+    smem[...] = values
+    _store_rows(ref, smem[...], begin, end)
+
+
+def _mask_scores(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    return jnp.where((column >= low[:, None]) & (column < high[:, None]), scores, -jnp.inf)
+
+
 def _scaled_exp2(x: jax.Array, scale: Any, shift: jax.Array, dimension: int) -> jax.Array:
     return jnp.exp2(x * scale - lax.broadcast_in_dim(shift, x.shape, [dimension]))
 
@@ -164,6 +175,8 @@ _SHARED = {
     "tile_iota": lambda shape, dimension: lax.broadcasted_iota(jnp.int32, shape, dimension),
     "load_whole": lambda ref, layout, optimized=True: ref[...],
     "store_rows": _store_rows,
+    "store_tile": _store_tile,
+    "mask_scores": _mask_scores,
     "scaled_exp2": _scaled_exp2,
     "clear_rows_from": _clear_rows_from,
     "clear_memory": _clear_memory,
@@ -198,7 +211,7 @@ def interpreted() -> Iterator[None]:
         }
     )
     with contextlib.ExitStack() as stack:
-        for module in (flash, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine):
+        for module in (flash, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short, tiles):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, short_attention
+from pjengine.pallas_kernels.packed.operands import packed_operands
+from pjengine.pallas_kernels.packed.plan import packed_plan
+from pjengine.pallas_kernels.packed.reference import packed_attention as reference
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan, paged_decode
 from pjengine.pallas_kernels.specs import AttentionSpec
 from tests.kernels.interpreted import interpreted
@@ -68,3 +72,25 @@ def test_decode(kv_dtype: str, options: dict[str, Any]) -> None:
         jax.block_until_ready(out)
     expected = oracle_paged(case, sinks=sinks, k_scale=scale, v_scale=scale, **options)
     assert relative_error(out.astype(jnp.float32), expected) < 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": 9, "soft_cap": 5.0}])
+def test_packed_short(options: dict[str, Any]) -> None:
+    """Tiles of one and of several blocks, some of them whole, and NaN in the padding."""
+    lens = [5, 3, 0, 150, 20, 40, 1]
+    starts = np.cumsum([0, *lens]).astype(np.int32)
+    real = int(starts[-1])
+    spec = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, **{"causal": False, **options})
+    tokens = real + 13
+    # The interpreter's copies do not reach past an array, as a GPU's do: one more tile of it.
+    values = np.random.default_rng(0).standard_normal((tokens + 64, HEADS + 2 * KV_HEADS, HEAD_DIM), np.float32)
+    qkv = jnp.asarray(values, jnp.bfloat16)
+    plan = packed_plan(jnp.asarray(starts), tokens, spec, rows=64, block=64)
+    with interpreted():
+        operands = packed_operands((qkv.at[real:].set(jnp.nan),), spec)
+        config = ShortConfig(block=64, warpgroups=2, sms=3)
+        out = short_attention(operands, plan, spec=spec, scale=0.3, config=config)
+    out = np.asarray(out, np.float32)[:tokens]
+    expected = reference((qkv.astype(jnp.float32),), jnp.asarray(starts), None, spec=spec, scale=0.3)
+    assert np.isfinite(out).all()
+    assert relative_error(out[:real], np.asarray(expected)[:real]) < 1e-2

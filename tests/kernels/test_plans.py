@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjengine.pallas_kernels.flash import TILE
+from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted
 from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
 from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
@@ -95,7 +97,10 @@ def test_packed_tiles_read_what_their_tokens_see(
         assert (lows[token], highs[token]) == (keys[0], keys[-1] + 1)
     assert not lows[total:].any()
     assert not highs[total:].any()
-    tiles = np.asarray(plan.tiles)[: int(plan.count[0])]
+    real_tokens, count = np.asarray(plan.tiles)[0, 6:]
+    assert (np.asarray(plan.tiles)[:, 6:] == (real_tokens, count)).all()
+    assert real_tokens == total
+    tiles = np.asarray(plan.tiles)[:count, :6]
     assert len(tiles) <= tile_bound(TOKENS, rows)
     np.testing.assert_array_equal(tiles[1:, 0], tiles[:-1, 1])
     assert (tiles[0, 0], tiles[-1, 1]) == (0, TOKENS)
@@ -121,9 +126,17 @@ def test_short_sequences_meet_the_keys_of_their_own_tile_alone() -> None:
     starts = np.cumsum([0, *[13, 20, 7, 18, 24, 5] * 10])
     spec = AttentionSpec(heads=2, kv_heads=2, head_dim=64, causal=False)
     plan = packed_plan(jnp.asarray(starts, jnp.int32), int(starts[-1]), spec, rows=64, block=64)
-    tiles = np.asarray(plan.tiles)[: int(plan.count[0])]
+    tiles = np.asarray(plan.tiles)[: plan.tiles[0, 7]]
     assert (tiles[:, 3] == 1).all()
     assert len(tiles) < 1.5 * starts[-1] / 64
+
+
+@pytest.mark.parametrize(
+    ("items", "warpgroups", "sms"),
+    [(1, 1, 1), (48, 1, 48), (132, 1, 132), (133, 2, 132), (500, 4, 132), (9000, 4, 132)],
+)
+def test_few_items_start_few_workers(items: int, warpgroups: int, sms: int) -> None:
+    assert fitted(ShortConfig(block=64, warpgroups=4, sms=132), items) == ShortConfig(64, warpgroups, sms)
 
 
 @SETTINGS

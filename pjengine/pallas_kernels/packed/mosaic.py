@@ -7,9 +7,9 @@ import jax
 from pjengine.pallas_kernels.backends import current_target
 from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS
 from pjengine.pallas_kernels.packed.mosaic_long import TILE, LongConfig, long_attention, long_config
-from pjengine.pallas_kernels.packed.mosaic_short import BLOCK, ShortConfig, short_attention, short_config
+from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted, short_attention, short_config
 from pjengine.pallas_kernels.packed.operands import packed_operands
-from pjengine.pallas_kernels.packed.plan import packed_plan
+from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import tuned
 
@@ -36,9 +36,10 @@ def packed_attention(
     sms = target.cores or HOPPER_SMS
     operands = packed_operands(arrays, spec)
     if tokens // sequences < SHORT:
-        plan = packed_plan(query_starts, tokens, spec, rows=TILE_ROWS, block=BLOCK)
         short = short or tuned("mosaic packed, short", spec, target, short_config(spec, sms))
-        return short_attention(operands, plan, spec=spec, scale=scale, config=short)
+        plan = packed_plan(query_starts, tokens, spec, rows=TILE_ROWS, block=short.block)
+        config = fitted(short, tile_bound(tokens, TILE_ROWS) * spec.heads)
+        return short_attention(operands, plan, spec=spec, scale=scale, config=config)
     long = long or tuned("mosaic packed, long", spec, target, long_config(spec, sms))
     plan = packed_plan(query_starts, tokens, spec, rows=TILE, block=long.block)
     return long_attention(operands, plan, spec=spec, scale=scale, config=long)

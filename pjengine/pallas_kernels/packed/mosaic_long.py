@@ -23,21 +23,21 @@ from pjengine.pallas_kernels.flash import (
     TILE,
     Ring,
     State,
-    attend_block,
     initial_state,
     ring_scratch,
     take_turn,
 )
 from pjengine.pallas_kernels.mosaic_common import (
     TILE_ROWS,
+    clear_rows_from,
     launch,
     load_whole,
-    store_rows,
-    tile_iota,
+    scaled_exp2,
     tiled_smem,
 )
 from pjengine.pallas_kernels.packed.operands import PackedOperands
 from pjengine.pallas_kernels.packed.plan import GRANULE, PackedPlan
+from pjengine.pallas_kernels.packed.tiles import in_units, mask_unless, store_tile
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 SHARED_BYTES = 224 * 1024
@@ -67,7 +67,7 @@ def long_attention(
     """Attention of a plan with tiles of TILE and blocks of config.block: [T, heads, head_dim]."""
     (out,) = launch(
         functools.partial(_kernel, heads_at=operands.heads_at, spec=spec, scale=scale, config=config),
-        (*operands.arrays, plan.ranges, plan.tiles, plan.count, plan.real_tokens),
+        (*operands.arrays, plan.ranges, plan.tiles),
         out_type=(operands.out_type,),
         scratch=dict(
             q_smem=tiled_smem((2, COMPUTE_WARPGROUPS, TILE_ROWS, spec.head_dim), operands.dtype),
@@ -118,25 +118,30 @@ def _kernel(
     config: LongConfig,
     **ring_refs: Any,
 ) -> None:
-    *sources, ranges_ref, tiles_ref, count_ref, real_tokens_ref, out_ref = refs
+    *sources, ranges_ref, tiles_ref, out_ref = refs
     q_ref, k_ref, v_ref = sources if len(sources) == 3 else sources * 3
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
     ring = Ring(**ring_refs)
-    items = count_ref[0] * spec.heads
+    real_tokens, count = (tiles_ref[0, i] for i in (6, 7))
+    items = count * spec.heads
 
     def for_each_item(body: Callable[[_Item], None]) -> None:
         """Calls body for every work item of this SM, in the same order in every warpgroup."""
 
-        def one(lap: jax.Array, step: jax.Array) -> jax.Array:
-            place = sm + lap * config.sms
-            tile, head = lax.div(place, jnp.int32(spec.heads)), lax.rem(place, jnp.int32(spec.heads))
-            first, last, key, blocks, *whole = (tiles_ref[tile, i] for i in range(6))
+        def read(lap: jax.Array) -> tuple[jax.Array, ...]:
+            tile = lax.div(sm + lap * config.sms, jnp.int32(spec.heads))
+            return tuple(tiles_ref[jnp.minimum(tile, tiles_ref.shape[0] - 1), i] for i in range(6))
+
+        def one(lap: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            step, (first, last, key, blocks, *whole) = carry
+            following = read(lap + 1)
+            head = lax.rem(sm + lap * config.sms, jnp.int32(spec.heads))
             base = lax.div(first, jnp.int32(GRANULE)) * GRANULE
             body(_Item(lap, step, head, base, first - base, last - base, key, blocks, *whole))
-            return step + blocks
+            return step + blocks, following
 
         laps = lax.div(items - sm + (config.sms - 1), jnp.int32(config.sms))
-        lax.fori_loop(0, laps, one, jnp.int32(0))
+        lax.fori_loop(0, laps, one, (jnp.int32(0), read(jnp.int32(0))))
 
     @pl.when(wg == COMPUTE_WARPGROUPS)
     def _copy() -> None:
@@ -179,36 +184,44 @@ def _kernel(
             )
             plgpu.barrier_wait(q_full.at[q_slot])
 
-            def attend(i: jax.Array, state: State, masked: bool) -> State:
-                first_key = item.key + i * config.block
+            def attend(i: jax.Array, state: State) -> State:
+                acc, top, total = state
+                slot, first_key = lax.rem(item.step + i, jnp.int32(config.stages)), item.key + i * config.block
+                plgpu.barrier_wait(ring.k_full.at[slot])
 
-                def mask(shape: tuple[int, ...]) -> jax.Array:
-                    key = first_key + tile_iota((shape[0], shape[1]), 1)
-                    above = key >= lax.broadcast_in_dim(begin, shape, [0])
-                    return above & (key < lax.broadcast_in_dim(end, shape, [0]))
+                def multiply(acc_ref: Any) -> jax.Array:
+                    plgpu.wgmma(acc_ref, q_smem.at[q_slot, wg], ring.k.at[slot].transpose((1, 0)))
+                    take_turn(turns)
+                    return acc_ref[...]
 
-                return attend_block(
-                    q_smem.at[q_slot, wg],
-                    ring,
-                    turns,
-                    item.step + i,
-                    state,
-                    scale=scale,
-                    soft_cap=spec.soft_cap,
-                    mask=mask if masked else None,
-                    tokens=real_tokens_ref[0] - first_key if masked else None,
-                )
+                scores = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, config.block), jnp.float32))
+                plgpu.barrier_arrive(ring.k_free.at[slot])
+                scores, factor = in_units(scores, scale, spec.soft_cap)
+                whole = (i >= item.whole_begin) & (i < item.whole_end)
+                scores = mask_unless(whole, scores, begin - first_key, end - first_key)
+                new_top = jnp.maximum(top, scores.max(axis=1))
+                rescale = jnp.exp2((top - new_top) * factor)
+                weights = scaled_exp2(scores, factor, new_top * factor, 0)
+                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+                total = total * rescale + weights.sum(axis=1)
+                weights = weights.astype(ring.v.dtype)
+                acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
+                plgpu.barrier_arrive(turns)
+                plgpu.barrier_wait(ring.v_full.at[slot])
+                # Both warpgroups clear, each before it reads: they write equal bytes.
+                clear_rows_from(ring.v.at[slot], real_tokens - first_key)
+                plgpu.barrier_wait(turns)
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, ring.v.at[slot]))(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(ring.v_free.at[slot])
+                return acc, new_top, total
 
-            state = initial_state(spec.head_dim)
-            masked, whole = functools.partial(attend, masked=True), functools.partial(attend, masked=False)
-            state = lax.fori_loop(0, item.whole_begin, masked, state)
-            state = lax.fori_loop(item.whole_begin, item.whole_end, whole, state)
-            acc, _, total = lax.fori_loop(item.whole_end, item.blocks, masked, state)
-            plgpu.barrier_arrive(q_free.at[q_slot])
-            total = jnp.where(total == 0, 1.0, total)  # padding tokens see nothing
-            acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+            acc, _, total = lax.fori_loop(0, item.blocks, attend, initial_state(spec.head_dim))
+            inverse = 1.0 / jnp.where(total == 0, 1.0, total)  # padding tokens see nothing
+            acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             target, skipped = out_ref.at[pl.ds(token, TILE_ROWS), item.head], wg * TILE_ROWS
-            store_rows(target, acc.astype(out_ref.dtype), item.first - skipped, item.last - skipped)
+            values = acc.astype(out_ref.dtype)
+            store_tile(q_smem.at[q_slot, wg], target, values, item.first - skipped, item.last - skipped)
+            plgpu.barrier_arrive(q_free.at[q_slot])
 
         pl.when(wg == 1)(functools.partial(take_turn, turns))
         for_each_item(process)

@@ -17,26 +17,22 @@ from pjengine.pallas_kernels.specs import AttentionSpec
 GRANULE = 8  # rows: a TMA copy into tiled shared memory begins at a multiple of it
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["ranges", "tiles", "count", "real_tokens"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ranges", "tiles"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class PackedPlan:
     """Work of one packed attention call, on the device.
 
     Attributes:
       ranges: int32 [2, tokens + tile rows], first and end of the keys each token sees; 0 and 0 for padding.
-      tiles: int32 [n, 6]: first and end of a tile's tokens, first key to read (a multiple of GRANULE), blocks of keys
+      tiles: int32 [n, 8]: first and end of a tile's tokens, first key to read (a multiple of GRANULE), blocks of keys
         to read (at least 1), and of those the first and end of the blocks that every token of the tile sees whole. A
-        tile's tokens lie within `rows` of its first one's granule. Tiles of padding see nothing.
-      count: int32 [1], how many of the n tiles there are; the others are meaningless.
-      real_tokens: int32 [1]; tokens from there on are padding.
+        tile's tokens lie within `rows` of its first one's granule. Tiles of padding see nothing. Then, equal in all n
+        rows, so that a kernel needs not one load after the other: from which token on all are padding, and how many of
+        the n tiles there are; the others are meaningless but for these two.
     """
 
     ranges: jax.Array
     tiles: jax.Array
-    count: jax.Array
-    real_tokens: jax.Array
 
 
 def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, rows: int, block: int) -> PackedPlan:
@@ -69,9 +65,10 @@ def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, ro
     lowest = jnp.where(seen, lowest, first // GRANULE * GRANULE)
     whole_begin = jnp.where(seen, jnp.clip(-(-(begin[final] - lowest) // block), 0, blocks), blocks)
     whole_end = jnp.clip((end[first] - lowest) // block, whole_begin, blocks)
-    tiles = jnp.stack([first, last, lowest, blocks, whole_begin, whole_end], axis=1)
     count = (first < tokens).sum(dtype=jnp.int32)
-    return PackedPlan(jnp.stack([begin, end]).astype(jnp.int32), tiles.astype(jnp.int32), count[None], total[None])
+    for_all = (jnp.broadcast_to(x, first.shape) for x in (total, count))
+    tiles = jnp.stack([first, last, lowest, blocks, whole_begin, whole_end, *for_all], axis=1)
+    return PackedPlan(jnp.stack([begin, end]).astype(jnp.int32), tiles.astype(jnp.int32))
 
 
 def tile_cuts(query_starts: jax.Array, tokens: int, rows: int) -> jax.Array:
