@@ -98,14 +98,10 @@ class StepPrograms:
 
     def works(self, bucket: Bucket) -> list[Work]:
         """The executables that a step in this bucket may need, the forward pass first."""
+        options = compiler_options(bucket)
+        wave = 1 if options else 0  # Triton's products take longest: XLA compiles many to time them
         return [
-            Work(
-                "forward steps",
-                bucket,
-                functools.partial(self.lower_forward, bucket),
-                options := compiler_options(bucket),
-                wave=1 if options else 0,  # what XLA tries many products for takes longest
-            ),
+            Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), options, wave),
             *sampler_works(bucket.rows, self.shape.vocab_size, self.lower_sampler),
         ]
 

@@ -1,7 +1,7 @@
 """Mosaic kernels compiled before the programs that hold them.
 
 XLA and Mosaic want LLVM with different options, and LLVM's options are global to a process. So threads that compile
-XLA's code share a lock, threads that compile Mosaic's kernels share it too, but never with the others, and whoever holds
+XLA's code share a lock, threads that compile Mosaic's kernels share it too, but never with the others, and whoever has
 it lets more of its own kind in first. Programs with kernels that are compiled side by side wait for each other most of
 the time. A kernel that the process has compiled already is found by its digest, without the lock.
 """
