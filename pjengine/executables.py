@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import logging
 import os
@@ -12,7 +13,8 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +26,7 @@ from tqdm import tqdm
 import pjengine
 from pjengine.models.embedded import cache_directory
 from pjengine.pallas_kernels.backends import current_target, load_runtime
+from pjengine.pallas_kernels.kernel_programs import Kernel, kernels_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +66,15 @@ class Work:
       key: of the executable, unique over all works.
       lower: traces and lowers it: returns a `jax.stages.Lowered`.
       options: of XLA's compiler, beside its defaults.
+      wave: of a program that may hold Mosaic kernels: a wave is compiled once the kernels of all its works are, and
+        waves come one after the other. None: it holds none, and comes after them.
     """
 
     what: str
     key: Hashable
     lower: Callable[[], Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wave: int | None = None
 
 
 class Executables(Protocol):
@@ -169,15 +175,23 @@ class Compilation:
     """Executables on their way: loaded from the store, or compiled in parallel threads, in the order of the works.
 
     Loading, tracing and lowering start at once. Compiling waits for `begin`: XLA tries kernels out in the device's
-    memory, which would leave holes between arrays that are put there meanwhile.
+    memory, which would leave holes between arrays that are put there meanwhile. Mosaic kernels are compiled before the
+    programs that hold them, a wave at a time: neither gets on while the other is compiled (`kernel_programs`).
     """
 
     def __init__(self, works: Iterable[Work], store: ExecutableStore, progress: bool = True):
-        self._works = {work.key: work for work in works}
+        mosaic = current_target().compute_capability == 90
+        self._works: dict[Hashable, Work] = {}
+        for work in works:
+            self._works.setdefault(work.key, work if mosaic else dataclasses.replace(work, wave=None))
         self._store = store
         self._futures: dict[Hashable, Future[Executable]] = {key: Future() for key in self._works}
         self._begun: set[Hashable] = set()
         self._lowered: dict[Hashable, Any] = {}  # that may not be compiled yet
+        self._kernels: dict[Hashable, list[Kernel]] = {}  # of these
+        self._compiling: set[Hashable] = set()
+        self._kernels_known: set[bytes] = set()
+        self._kernels_running: Counter[int | None] = Counter()  # by wave
         self._lock = threading.Lock()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._kept = 0
@@ -195,8 +209,7 @@ class Compilation:
         """Lets these (None: all) be compiled."""
         with self._lock:
             self._begun |= self._works.keys() if keys is None else set(keys)
-            for key in [key for key in self._lowered if key in self._begun]:
-                self._submit(key)
+            self._advance()
 
     def get(self, key: Hashable) -> Executable | None:
         """The executable if it is ready."""
@@ -245,31 +258,65 @@ class Compilation:
             else:
                 self._kept += 1
                 self._end(work.key, found)
-        for work in missing:
-            self._lower(work)
+        with _without_garbage_collection():
+            for work in missing:
+                self._lower(work)
 
     def _lower(self, work: Work) -> None:
         if self._futures[work.key].cancelled():
             return
+        started = time.monotonic()
         try:
             lowered = work.lower()
+            kernels = kernels_of(lowered) if work.wave is not None else []
         except Exception as error:
             self._end(work.key, error)
+            with self._lock:
+                self._advance()
             return
+        logger.debug("%s: %s lowered in %.2f s", work.what, work.key, time.monotonic() - started)
         with self._lock:
             self._lowered[work.key] = lowered
-            if work.key in self._begun:
-                self._submit(work.key)
+            self._kernels[work.key] = kernels
+            self._advance()
 
-    def _submit(self, key: Hashable) -> None:
-        self._tasks.put(functools.partial(self._compile, key, self._lowered.pop(key)))
+    def _advance(self) -> None:
+        """Hands on what may be compiled now. Called under the lock."""
+        coming = {k: self._works[k] for k in self._begun - self._compiling if not self._futures[k].done()}
+        waves: list[int | None] = [*sorted({work.wave for work in coming.values() if work.wave is not None}), None]
+        for wave in waves:
+            keys = [key for key, work in self._works.items() if key in coming and work.wave == wave]
+            lowered = [key for key in keys if key in self._lowered]
+            for kernel in (kernel for key in lowered for kernel in self._kernels.pop(key, ())):
+                if kernel.digest not in self._kernels_known:
+                    self._kernels_known.add(kernel.digest)
+                    self._kernels_running[wave] += 1
+                    self._tasks.put(functools.partial(self._compile_kernel, kernel, wave))
+            if self._kernels_running[wave] or (wave is not None and len(lowered) < len(keys)):
+                return
+            for key in lowered:
+                self._compiling.add(key)
+                self._tasks.put(functools.partial(self._compile, key, self._lowered.pop(key)))
+
+    def _compile_kernel(self, kernel: Kernel, wave: int | None) -> None:
+        started = time.monotonic()
+        try:
+            kernel.compile()
+        except Exception as error:  # compiling the program that holds it will say so again
+            logger.warning("a kernel cannot be compiled alone (%s)", error)
+        logger.debug("kernel %s compiled in %.2f s", kernel, time.monotonic() - started)
+        with self._lock:
+            self._kernels_running[wave] -= 1
+            self._advance()
 
     def _compile(self, key: Hashable, lowered: Any) -> None:
         if self._futures[key].cancelled():
             return
         work = self._works[key]
+        started = time.monotonic()
         try:
             made = Executable.of(lowered.compile(compiler_options=dict(work.options) or None))
+            logger.debug("%s: %s compiled in %.2f s", work.what, key, time.monotonic() - started)
             self._store.keep(work.what, key, made)
         except Exception as error:
             self._end(key, error)
@@ -296,6 +343,18 @@ class Compilation:
         logger.info("executables: %d loaded, %d compiled in %.1f s", self._kept, made, time.monotonic() - self._started)
 
 
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Tracing and lowering make millions of objects that live on; looking through them takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:
     try:
         future.set_result(function(*arguments))
@@ -318,9 +377,8 @@ def compile_all(
       options: of XLA's compiler, beside its defaults.
     Returns: key -> `jax.stages.Compiled`.
     """
-    compilation = Compilation(
-        [Work(what, key, lower, options(key)) for key, lower in lowerings.items()], store, progress
-    )
+    works = [Work(what, key, lower, options(key), wave=0) for key, lower in lowerings.items()]
+    compilation = Compilation(works, store, progress)
     compilation.begin()
     compilation.wait()
     logger.info("%s are ready", what, extra={"phase": what})

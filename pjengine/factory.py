@@ -177,7 +177,8 @@ def _start_steps(
     pages = cache_shapes(specs, plan.pages, limits.page_size, model.dtype)
     programs = StepPrograms(model.module, model.config, model.specs, pages, shape)
     store = open_store(config.compile_cache, (model.config, shape, plan.pages, model.dtype.name))
-    return _Steps(programs, Compilation(programs.all_works(), store, progress), store)
+    works = [*programs.all_works(config.eager_buckets), *programs.all_works()]
+    return _Steps(programs, Compilation(works, store, progress), store)
 
 
 def _make_runner(

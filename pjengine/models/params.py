@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +82,50 @@ def is_spec(x: object) -> bool:
 def init_params(specs: Any, dtype: Any, seed: int = 0) -> Any:
     """Random weights of the declared shapes, generated on the default device.
 
+    What stands together in one element of a list (a layer) is one call of a program, which equal layers share: few
+    programs to compile and few calls, while other threads trace the model.
+
     Args:
       specs: a pytree with ParamSpec leaves (dicts and lists).
       dtype: of every weight that does not declare its own.
     Returns: the same tree with arrays for specs.
     """
-    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
-    draw = jax.jit(_draw, static_argnums=(1, 2, 3))
-    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
-    return jax.tree.unflatten(
-        treedef, [draw(k, s.shape, jnp.dtype(s.dtype or dtype).name, s.init) for k, s in zip(keys, leaves, strict=True)]
-    )
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    blocks: dict[Any, list[int]] = {}
+    for place, (path, _) in enumerate(leaves):
+        elements = [i for i, key in enumerate(path) if isinstance(key, jax.tree_util.SequenceKey)]
+        blocks.setdefault(path[: elements[-1] + 1] if elements else (), []).append(place)
+    seeds = np.random.SeedSequence(seed).generate_state(max(len(leaves), 1))
+    weights: list[Any] = [None] * len(leaves)
+    for places in blocks.values():
+        block = tuple((s.shape, jnp.dtype(s.dtype or dtype).name, s.init) for _, s in (leaves[i] for i in places))
+        for place, drawn in zip(places, _draw_block(seeds[places], block), strict=True):
+            weights[place] = drawn
+    return jax.tree.unflatten(treedef, weights)
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str, init: str) -> jax.Array:
-    if init == "normal":
-        return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
-    return jnp.full(shape, 1.0 if init == "ones" else 0.0, dtype)
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_block(seeds: jax.Array, block: tuple[tuple[tuple[int, ...], str, str], ...]) -> list[jax.Array]:
+    """Arrays of (shape, dtype, init). seeds: uint32, one for each."""
+    return [_draw(seeds[i], *description) for i, description in enumerate(block)]
+
+
+def _draw(seed: jax.Array, shape: tuple[int, ...], dtype: str, init: str) -> jax.Array:
+    if init != "normal":
+        return jnp.full(shape, 1.0 if init == "ones" else 0.0, dtype)
+    # A hash of an element's place: compiles in half the time of JAX's generators, and is as good for weights.
+    bits = _mix(seed)
+    for axis in range(len(shape)):
+        bits = _mix(bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1.0  # exact, and never at -1 or 1
+    return (jax.lax.erf_inv(uniform) * (0.02 * math.sqrt(2))).astype(dtype)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every bit of the result depends on every bit (Wellons' lowbias32)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
 
 
 def total_bytes(specs: Any, dtype: Any) -> int:

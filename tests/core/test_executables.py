@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pjengine import executables
 from pjengine.batch import Bucket
 from pjengine.config import EngineConfig
 from pjengine.engine import Engine
@@ -18,6 +19,8 @@ from pjengine.errors import ConfigError, OutOfMemory
 from pjengine.executables import Compilation, Work, open_store
 from pjengine.factory import make_engine
 from pjengine.model_runner import ModelRunner
+from pjengine.pallas_kernels.backends import Target
+from pjengine.pallas_kernels.kernel_programs import Kernel
 from pjengine.request import Request
 from pjengine.sampling_params import SamplingParams
 from pjengine.step_programs import cpu_buckets, gpu_buckets
@@ -85,6 +88,58 @@ def test_after_cancel_nothing_is_compiled() -> None:
     made.begin()
     assert made.finished
     assert made.get("a") is None
+
+
+def test_kernels_come_before_the_programs_that_hold_them_a_wave_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither compiler gets on while the other works, so they take turns."""
+    store = open_store("", ())
+    events: list[str] = []
+    held = threading.Event()
+
+    class FakeKernel(Kernel):
+        def compile(self) -> None:
+            assert held.wait(20)
+            events.append(self.digest.decode())
+
+    class Program(Slow):
+        def compile(self, compiler_options: Any = None) -> Any:
+            events.append(self.name)
+            return super().compile(compiler_options)
+
+    kernels = {"late": [b"k2", b"k1"], "early": [b"k1"], "early too": [b"k1", b"k3"], "none": [b"unseen"]}
+    monkeypatch.setattr(executables, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
+    monkeypatch.setattr(
+        executables, "kernels_of", lambda lowered: [FakeKernel(digest, {}) for digest in kernels[lowered.name]]
+    )
+    programs = {name: Program(name) for name in kernels}
+    for program in programs.values():
+        program.go.set()
+    waves = {"late": 1, "early": 0, "early too": 0, "none": None}
+    made = Compilation([Work("test", name, programs[name].lower, wave=waves[name]) for name in kernels], store, False)
+    made.begin()
+    assert not made.finished
+    assert events == []
+    held.set()
+    made.wait()
+    assert sorted(events[:2]) == ["k1", "k3"]
+    assert sorted(events) == ["early", "early too", "k1", "k2", "k3", "late", "none"]
+    assert events.index("k2") < events.index("late")
+
+
+def test_a_program_that_cannot_be_lowered_holds_up_no_wave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Any:
+        raise ValueError("no such shape")
+
+    store = open_store("", ())
+    monkeypatch.setattr(executables, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
+    monkeypatch.setattr(executables, "kernels_of", lambda lowered: [])
+    good = Slow("good")
+    good.go.set()
+    made = Compilation([Work("test", "bad", refuse, wave=0), Work("test", "good", good.lower, wave=1)], store, False)
+    made.begin()
+    made.wait(["good"])
+    with pytest.raises(ValueError, match="no such shape"):
+        made.wait()
 
 
 def engine(**options: object) -> Engine:

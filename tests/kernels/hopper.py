@@ -11,8 +11,15 @@ import jax.numpy as jnp
 
 def lower_for_hopper(function: Callable[..., Any], *shapes: tuple[tuple[int, ...], str], **jit_options: Any) -> str:
     """The StableHLO of jit(function), lowered for CUDA; shapes: (shape, dtype) per argument. Runs Mosaic's compiler."""
+    return lowered_for_hopper(function, *shapes, **jit_options).as_text()
+
+
+def lowered_for_hopper(
+    function: Callable[..., Any], *shapes: tuple[tuple[int, ...], str], **jit_options: Any
+) -> jax.stages.Lowered:
+    """As `lower_for_hopper`, before it is text."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function, **jit_options).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(function, **jit_options).trace(*arguments).lower(lowering_platforms=("cuda",))

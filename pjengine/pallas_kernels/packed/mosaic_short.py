@@ -35,7 +35,7 @@ from pjengine.pallas_kernels.packed.tiles import in_units, mask_unless, store_ti
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 SLOTS = 2  # of q and of k and v per warpgroup: the one in use and the one being filled
-MOST_WARPGROUPS = 4
+MOST_WARPGROUPS = 3
 SHARED_BYTES = 224 * 1024
 
 State = tuple[jax.Array, jax.Array, jax.Array]  # accumulator [64, head_dim], running maximum [64] of scores, sum [64]
