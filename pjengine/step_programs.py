@@ -98,23 +98,22 @@ class StepPrograms:
 
     def works(self, bucket: Bucket) -> list[Work]:
         """The executables that a step in this bucket may need, the forward pass first."""
-        options = compiler_options(bucket)
-        wave = 1 if options else 0  # Triton's products take longest: XLA compiles many to time them
+        lower = functools.partial(self.lower_forward, bucket)
         return [
-            Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), options, wave),
+            Work("forward steps", bucket, lower, compiler_options(bucket), kernels=True),
             *sampler_works(bucket.rows, self.shape.vocab_size, self.lower_sampler),
         ]
 
     def all_works(self, count: int | None = None) -> list[Work]:
         """Those of the first `count` buckets (None: all), of which two can run any step.
 
-        In the order in which they are lowered: forward steps first, as nothing else takes as long to lower and compile.
+        In the order in which they are lowered: samplers first, which are compiled while forward steps are lowered.
         """
         mixed = sorted((b for b in self.shape.buckets if not b.decode), reverse=True)
         decode = sorted((b for b in self.shape.buckets if b.decode), reverse=True)
         wanted = [*mixed[:1], *decode[:1], *mixed[1:], *decode[1:]][:count]
         works = {work.key: work for bucket in wanted for work in self.works(bucket)}.values()
-        return sorted(works, key=lambda work: (work.wave is None, work.wave or 0))
+        return sorted(works, key=lambda work: work.kernels)
 
     def needed(self, bucket: Bucket, executables: Executables) -> int:
         """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments."""
@@ -137,10 +136,10 @@ class StepPrograms:
 
 def compiler_options(bucket: Bucket) -> dict[str, Any]:
     """XLA's options for a bucket. With some tens to hundreds of rows XLA prefers Triton products that leave several
-    float32 sums for another kernel to add; cuBLAS's are faster than the two together (docs/decisions.md), and nothing
-    has to be compiled to time them.
+    float32 sums for another kernel to add; cuBLAS's are faster than the two together (docs/decisions.md), nothing
+    has to be compiled to time them, and theirs take residuals into their epilogues.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if 32 < bucket.tokens < 2048 else {}
+    return {"xla_gpu_enable_triton_gemm": False} if bucket.tokens > 32 else {}
 
 
 def forward_function(module: ModuleType, config: Any, shape: RunnerShape) -> Any:
