@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pjengine.pallas_kernels.flash import TILE
 from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
-from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan
+from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.work_items import query_items

@@ -293,6 +293,27 @@ def load_vector(ref: Any, columns: int) -> jax.Array:
     return load(ref)
 
 
+def load_spread(ref: Any, size: int, layout: Any, group: int, head_dim: int) -> jax.Array:
+    """float32 [size] in a WG_STRIDED layout from global memory [>= group]: element i is ref[i // head_dim].
+
+    Elements past group * head_dim repeat the last member's. The layout's vectors must not cross members.
+    """
+    result = plgpu.ShapeDtypeStruct((size,), jnp.float32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def load(ctx: Any, ref: Any) -> Any:
+        strided: Any = layout.to_mgpu()
+        kind = ir.VectorType.get((strided.vec_size,), ir.F32Type.get())
+        registers = np.empty(strided.registers_shape((size,)), dtype=object)
+        for place, index in zip(np.ndindex(registers.shape), strided.linear_thread_idxs(), strict=True):
+            element = Int32(arith.index_cast(ir.IntegerType.get_signless(32), index))
+            member = (element // head_dim).minimum(group - 1)
+            registers[place] = vector.broadcast(kind, llvm.load(ir.F32Type.get(), pointer(ref, member * 4)))
+        return mgpu.FragmentedArray(_registers=registers, _layout=strided, _is_signed=None)
+
+    return load(ref)
+
+
 def store_vector(ref: Any, values: jax.Array) -> None:
     """Writes a [columns] vector in COLUMNS layout to global memory [columns]."""
 
