@@ -23,7 +23,8 @@ class DecodeConfig:
       sms: streaming multiprocessors of the device.
       copy_registers, compute_registers: per thread of the two kinds of warpgroups.
       least_share: blocks of a worker's piece of the line, unless nothing is left.
-      whole_blocks: (row, KV head) pairs of at most so many blocks are not cut.
+      whole_blocks: (row, KV head) pairs of at most so many blocks are not cut: all is the worker's in whose piece they
+        end.
       unroll: pieces of a cut pair whose loads are in flight together.
     """
 
@@ -31,8 +32,8 @@ class DecodeConfig:
     stages: int
     workers: int
     sms: int
-    copy_registers: int = 40
-    compute_registers: int = 208
+    copy_registers: int = 56
+    compute_registers: int = 192
     least_share: int = 1
     whole_blocks: int = 0
     unroll: int = 16
@@ -64,7 +65,8 @@ class WorkerFields:
 
 def worker_fields(values: list[jax.Array]) -> WorkerFields:
     """A row of the table by name."""
-    return WorkerFields(*values[:5], tuple(values[5:8]), tuple(values[8:10]), tuple(values[10:]))
+    begin, end, row, head, share = values[:5]
+    return WorkerFields(begin, end, row, head, share, tuple(values[5:8]), tuple(values[8:10]), tuple(values[10:]))
 
 
 def decode_plan(kv_lens: jax.Array, block_tables: jax.Array, spec: AttentionSpec, config: DecodeConfig) -> Plan:
@@ -86,13 +88,14 @@ def decode_plan(kv_lens: jax.Array, block_tables: jax.Array, spec: AttentionSpec
     line = starts * spec.kv_heads
     workers = config.sms * config.workers
     share = jnp.maximum(-(-line[-1] // workers), config.least_share)
-    if config.whole_blocks:
-        longest = jnp.max(blocks)
-        share = jnp.maximum(share, jnp.where(longest <= config.whole_blocks, longest, 0))
+    longest = jnp.max(blocks)
+    share = jnp.maximum(share, jnp.where(longest <= config.whole_blocks, longest, 0))
     begins = jnp.minimum(jnp.arange(workers + 1, dtype=jnp.int32) * share, line[-1])
-    if config.whole_blocks:
-        begins = _outside_short_pairs(begins, starts, line, spec, config)
-    row, head, _ = _pair(begins, starts, line, spec)
+    row = jnp.minimum(jnp.sum(line[None, 1:] <= begins[:, None], axis=1, dtype=jnp.int32), rows - 1)
+    pair_blocks = starts[row + 1] - starts[row]
+    head = (begins - line[row]) // jnp.maximum(pair_blocks, 1)
+    # What a cut costs, partial results written and combined, is more than the blocks by which shares become uneven.
+    begins = jnp.where(pair_blocks <= config.whole_blocks, line[row] + head * pair_blocks, begins)
     begin, row, head = begins[:-1], row[:-1], head[:-1]
     row_start, row_end, next_end = (starts[jnp.minimum(row + i, rows)] for i in range(3))
     length, next_length = (kv_lens[jnp.minimum(row + i, rows - 1)] for i in range(2))
@@ -112,26 +115,3 @@ def decode_plan(kv_lens: jax.Array, block_tables: jax.Array, spec: AttentionSpec
 def first_key(kv_lens: jax.Array, spec: AttentionSpec) -> jax.Array:
     """Position of the first key that the last query of a row sees."""
     return first_visible(jnp.maximum(kv_lens - 1, 0), window=spec.window, chunk=spec.chunk)
-
-
-def _pair(
-    position: jax.Array, starts: jax.Array, line: jax.Array, spec: AttentionSpec
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Row, head and blocks of the pair at each position of the line; for its end, the last row's."""
-    row = jnp.sum(line[None, 1:] <= position[:, None], axis=1, dtype=jnp.int32)
-    row = jnp.minimum(row, starts.shape[0] - 2)
-    blocks = starts[row + 1] - starts[row]
-    return row, (position - line[row]) // jnp.maximum(blocks, 1), blocks
-
-
-def _outside_short_pairs(
-    position: jax.Array, starts: jax.Array, line: jax.Array, spec: AttentionSpec, config: DecodeConfig
-) -> jax.Array:
-    """Cuts inside pairs of at most `whole_blocks` blocks, moved to the pair's nearer end.
-
-    What a cut costs, partial results written and combined, is more than the blocks by which shares become uneven.
-    """
-    row, head, blocks = _pair(position, starts, line, spec)
-    origin = line[row] + head * blocks
-    nearer = jnp.where(2 * (position - origin) >= blocks, origin + blocks, origin)
-    return jnp.where((blocks <= config.whole_blocks) & (position > origin), nearer, position)

@@ -18,6 +18,7 @@ SHARED_BYTES = 225 * 1024  # per SM, less what barriers take
 BLOCK_BYTES = 16 * 1024
 DECODE_RING_BYTES = 192 * 1024
 MAX_STAGES = 6
+WHOLE_TOKENS = 256  # of a row, up to which one worker reads it all
 
 
 def paged_attention(
@@ -102,7 +103,13 @@ def decode_config(spec: AttentionSpec, target: Target) -> DecodeConfig:
     block = 128 if token * 128 <= BLOCK_BYTES else 64
     workers = 2 if token * 64 <= BLOCK_BYTES else 1
     stages = min(MAX_STAGES, DECODE_RING_BYTES // (2 * workers * block * token))
-    heuristic = DecodeConfig(block=block, stages=stages, workers=workers, sms=target.cores or HOPPER_SMS)
+    heuristic = DecodeConfig(
+        block=block,
+        stages=stages,
+        workers=workers,
+        sms=target.cores or HOPPER_SMS,
+        whole_blocks=WHOLE_TOKENS // block,
+    )
     return tuned("mosaic decode", spec, target, heuristic)
 
 

@@ -34,8 +34,8 @@ from pjengine.pallas_kernels.mosaic_common import (
     tiled_smem,
 )
 from pjengine.pallas_kernels.paged import decode_tiles as tiles
-from pjengine.pallas_kernels.paged.mosaic_combine import combine_pieces, partial_size
 from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, Plan, first_key, worker_fields
+from pjengine.pallas_kernels.paged.mosaic_combine import combine_pieces, partial_size
 from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources, page_numbers, page_tokens
 from pjengine.pallas_kernels.specs import AttentionSpec
 
@@ -359,7 +359,13 @@ def _decode_kernel(
                 @pl.when(last[lane, 0] == 1)
                 def _() -> None:
                     combine_pieces(
-                        partial_ref, lse_ref, out_ref.at[pair], first_worker, last_worker, spec=spec, unroll=config.unroll
+                        partial_ref,
+                        lse_ref,
+                        out_ref.at[pair],
+                        first_worker,
+                        last_worker,
+                        spec=spec,
+                        unroll=config.unroll,
                     )
 
         for_each_segment(process)
