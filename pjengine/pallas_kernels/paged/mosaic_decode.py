@@ -130,8 +130,7 @@ def paged_decode(
             last=plgpu.SMEM((config.workers, 1), jnp.int32),
             k_full=ring(num_arrivals=config.block // copy_size),
             v_full=ring(num_arrivals=config.block // copy_size),
-            k_free=ring(),
-            v_free=ring(),
+            free=ring(),
             q_full=staged,
             q_free=staged,
         ),
@@ -172,8 +171,7 @@ def _decode_kernel(
     last: Any,
     k_full: Any,
     v_full: Any,
-    k_free: Any,
-    v_free: Any,
+    free: Any,
     q_full: Any,
     q_free: Any,
     spec: AttentionSpec,
@@ -252,12 +250,8 @@ def _decode_kernel(
                     lambda: page_numbers(tables_ref, segment.row * table_width, index, **sizes),
                 )
                 sources = copy_sources(pages, index, size=min(sizes.values()), **sizes)
-                for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
-
-                    @pl.when(segment.step + i >= config.stages)
-                    def _(free: Any = free) -> None:
-                        plgpu.barrier_wait(free.at[barrier])
-
+                pl.when(segment.step + i >= config.stages)(functools.partial(plgpu.barrier_wait, free.at[barrier]))
+                for ref, smem, full in ((k_ref, k_smem, k_full), (v_ref, v_smem, v_full)):
                     copy_block(ref, sources, segment.head, smem.at[lane, slot], full.at[barrier], count)
 
                 # The worker's first queries are the computing warpgroup's: it has nothing else to do yet.
@@ -310,7 +304,7 @@ def _decode_kernel(
                     v_smem.at[lane, slot],
                     weights_smem.at[lane],
                     scratch.at[lane],
-                    (k_full.at[barrier], v_full.at[barrier], k_free.at[barrier], v_free.at[barrier]),
+                    (k_full.at[barrier], v_full.at[barrier], free.at[barrier]),
                     (visible_from - begin, segment.length - begin) if masked else None,
                     state,
                     scale=score_scale,
@@ -382,7 +376,7 @@ def _attend_block(
     v_smem: Any,
     weights_smem: Any,
     scratch: Any,
-    barriers: tuple[Any, Any, Any, Any],
+    barriers: tuple[Any, Any, Any],
     visible: tuple[jax.Array, jax.Array] | None,
     state: _State,
     *,
@@ -393,21 +387,20 @@ def _attend_block(
 
     The third part of the state is the sum of weights, still apart by token modulo the block.
     """
-    k_full, v_full, k_free, v_free = barriers
+    k_full, v_full, free = barriers
     acc, top, total = state
     k_shared = tiles.keys_from_shared(k_smem.dtype)
     v_shared = tiles.values_from_shared(v_smem.dtype, v_smem.shape[1])
     plgpu.barrier_wait(k_full)
     keys = k_smem if k_shared else tiles.key_fragments(k_smem)
-    if not k_shared:
-        plgpu.barrier_arrive(k_free)
 
     def load_values() -> jax.Array:
         plgpu.barrier_wait(v_full)
         if visible is not None:
             tiles.clear_tokens_outside(v_smem, *visible)
         values = tiles.value_fragments(v_smem)
-        plgpu.barrier_arrive(v_free)
+        if not k_shared:
+            plgpu.barrier_arrive(free)
         return values
 
     def scores(acc_ref: Any) -> Any:
@@ -416,8 +409,8 @@ def _attend_block(
         return acc_ref[...], values
 
     qk, values = pl.run_scoped(scores, plgpu.ACC((total.shape[0], total.shape[1]), jnp.float32))
-    if k_shared:
-        plgpu.barrier_arrive(k_free)
+    if k_shared and not v_shared:
+        plgpu.barrier_arrive(free)
     factor = scale * LOG2E
     if soft_cap is not None:
         qk, factor = cap_scores(qk * scale, soft_cap), jnp.float32(LOG2E)
@@ -438,5 +431,5 @@ def _attend_block(
     plgpu.commit_smem()
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, values, weights_smem.transpose((1, 0))))(plgpu.ACC.init(acc))
     if v_shared:
-        plgpu.barrier_arrive(v_free)
+        plgpu.barrier_arrive(free)
     return acc, new_top, total
