@@ -365,12 +365,8 @@ def last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat, plgpu.RefType()))
     def arrive(ctx: Any, counters: Any, index: Any, pieces: Any, flag: Any) -> None:
-        void = ir.Type.parse("!llvm.void")
-
-        def fence() -> None:
-            llvm.inline_asm(void, [], "fence.acq_rel.gpu;", "~{memory}", has_side_effects=True)
-
-        fence()
+        # Barriers before and after one thread's acquire and release order what all threads of the warpgroup write and
+        # read: causality is transitive in PTX's memory model. A fence of every thread would cost its latency twice.
         mgpu_utils.warpgroup_barrier()
         with mgpu_utils.when(this_thread().index.below(1)):
             address = pointer(counters, Int32(index.registers.item()) * 4)
@@ -386,6 +382,5 @@ def last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any
                 llvm.store(int32(0).value, address)
             llvm.store(arith.extui(ir.IntegerType.get_signless(32), last), pointer(flag, int32(0)))
         mgpu_utils.warpgroup_barrier()
-        fence()
 
     arrive(counters, index, pieces, flag)
