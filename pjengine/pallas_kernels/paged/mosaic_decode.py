@@ -4,6 +4,7 @@ The KV blocks of all (row, KV head) pairs stand in one line, row by row and head
 contiguous piece of that line, so that ragged lengths cost nothing: a worker is busy until its piece ends, whatever rows
 it crosses, and its copies run ahead across row borders. Where a pair is cut, its pieces leave partial results; who is
 last to leave one combines them (as in FlashDecoding; the even cut is Stream-K's, Osama et al. 2023, arXiv:2301.03598).
+Short pairs are not cut: see `decode_plan`.
 
 A worker is a pair of warpgroups: one issues the TMA copies and stages queries, one computes. Scores are computed
 transposed, with K as the left operand: a product then has 8 or 16 columns, not 64 rows for a few query heads.
