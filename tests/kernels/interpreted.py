@@ -191,6 +191,9 @@ _TILES = {
     "store_weights": _store_weights,
     "store_columns": _store_columns,
     "load_vector": lambda ref, columns: jnp.pad(ref[...], (0, columns - ref.shape[0]), mode="edge"),
+    "load_spread": lambda ref, size, layout, group, head_dim: ref[...][
+        jnp.minimum(jnp.arange(size) // head_dim, group - 1)
+    ],
     "store_vector": lambda ref, values: ref.__setitem__(..., values),
     "clear_tokens_outside": _clear_tokens_outside,
     "last_to_arrive": _last_to_arrive,

@@ -13,7 +13,8 @@ from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, short_atten
 from pjengine.pallas_kernels.packed.operands import packed_operands
 from pjengine.pallas_kernels.packed.plan import packed_plan
 from pjengine.pallas_kernels.packed.reference import packed_attention as reference
-from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan, paged_decode
+from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
+from pjengine.pallas_kernels.paged.mosaic_decode import paged_decode
 from pjengine.pallas_kernels.specs import AttentionSpec
 from tests.kernels.interpreted import interpreted
 from tests.kernels.ragged_cases import oracle_paged, paged_case, relative_error
@@ -61,7 +62,7 @@ def test_decode(kv_dtype: str, options: dict[str, Any]) -> None:
             v,
             kv_lens,
             tables,
-            decode_plan(kv_lens, spec, config),
+            decode_plan(kv_lens, tables, spec, config),
             sinks=jnp.asarray(sinks),
             k_scale=jnp.asarray(scale),
             v_scale=jnp.asarray(scale),

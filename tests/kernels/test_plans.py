@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pjengine.pallas_kernels.flash import TILE
 from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted
 from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
-from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan
+from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.work_items import query_items
@@ -22,24 +22,54 @@ lengths = st.lists(st.integers(0, 400), min_size=ROWS, max_size=ROWS)
 
 
 @SETTINGS
-@given(lens=lengths, window=st.sampled_from([None, 70]))
-def test_decode_shares_are_even_and_complete(lens: list[int], window: int | None) -> None:
+@given(
+    lens=lengths,
+    window=st.sampled_from([None, 70]),
+    whole_blocks=st.sampled_from([0, 2, 4]),
+    least_share=st.sampled_from([1, 3]),
+)
+def test_decode_shares_are_even_and_complete(
+    lens: list[int], window: int | None, whole_blocks: int, least_share: int
+) -> None:
     spec = AttentionSpec(heads=6, kv_heads=3, head_dim=64, page_size=16, decode=True, window=window)
-    config = DecodeConfig(block=64, stages=2, workers=2, sms=5)
-    starts, shares, counters = (np.asarray(x) for x in decode_plan(jnp.asarray(lens, jnp.int32), spec, config))
+    config = DecodeConfig(block=64, stages=2, workers=2, sms=5, whole_blocks=whole_blocks, least_share=least_share)
+    tables = np.arange(ROWS * 28).reshape(ROWS, 28)
+    plan = decode_plan(jnp.asarray(lens, jnp.int32), jnp.asarray(tables, jnp.int32), spec, config)
+    starts, shares, counters = (np.asarray(x) for x in plan)
     np.testing.assert_array_equal(counters, np.zeros(ROWS * 3))
     first = [max(n - window, 0) // 64 if window else 0 for n in lens]
     blocks = [max(-(-n // 64) - f, 0) for n, f in zip(lens, first, strict=True)]
     np.testing.assert_array_equal(starts, np.cumsum([0, *blocks]))
-    line = [(row, head) for row, count in enumerate(blocks) for head in range(3) for _ in range(count)]
-    begins, ends = shares[:, 0], shares[:, 1]
+    pairs = [(row, head) for row in range(ROWS) for head in range(3)]
+    line = [(*pair, first[pair[0]] + i) for pair in pairs for i in range(blocks[pair[0]])]
+    begins, ends, share = shares[:, 0], shares[:, 1], shares[0, 4]
     assert begins[0] == 0
     assert ends[-1] == len(line)
     np.testing.assert_array_equal(begins[1:], ends[:-1])
-    assert (ends - begins).max(initial=0) == -(-len(line) // 10)
-    for begin, end, row, head in shares:
+    longest = max(blocks) if max(blocks) <= whole_blocks else 0
+    assert share == max(-(-len(line) // 10), least_share, longest)
+    if whole_blocks:
+        assert (ends - begins).max(initial=0) < share + whole_blocks
+    else:
+        assert (ends - begins).max(initial=0) == min(share, len(line))
+    owners: dict[tuple[int, int], list[int]] = {}
+    for worker, (begin, end, row, head, _, *rest) in enumerate(shares):
+        for pair in {place[:2] for place in line[begin:end]}:
+            owners.setdefault(pair, []).append(worker)
         if begin < end:
-            assert line[begin] == (row, head)
+            assert line[begin][:2] == (row, head)
+            block = line[begin][2]
+            padded = [*lens, lens[-1], lens[-1]]
+            assert rest[:3] == [starts[min(row + i, ROWS)] for i in range(3)]
+            assert rest[3:5] == padded[row : row + 2]
+            flat = tables.reshape(-1)
+            assert rest[5:] == [flat[min(row * 28 + 4 * block + i, flat.size - 1)] for i in range(4)]
+    for (row, head), workers in owners.items():
+        origin = (starts[row] * 3) + head * blocks[row]
+        if blocks[row] <= whole_blocks:
+            assert len(workers) == 1
+        elif len(workers) > 1:
+            assert workers == list(range(origin // share, (origin + blocks[row] - 1) // share + 1))
 
 
 @SETTINGS

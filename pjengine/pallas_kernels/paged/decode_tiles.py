@@ -293,6 +293,27 @@ def load_vector(ref: Any, columns: int) -> jax.Array:
     return load(ref)
 
 
+def load_spread(ref: Any, size: int, layout: Any, group: int, head_dim: int) -> jax.Array:
+    """float32 [size] in a WG_STRIDED layout from global memory [>= group]: element i is ref[i // head_dim].
+
+    Elements past group * head_dim repeat the last member's. The layout's vectors must not cross members.
+    """
+    result = plgpu.ShapeDtypeStruct((size,), jnp.float32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def load(ctx: Any, ref: Any) -> Any:
+        strided: Any = layout.to_mgpu()
+        kind = ir.VectorType.get((strided.vec_size,), ir.F32Type.get())
+        registers = np.empty(strided.registers_shape((size,)), dtype=object)
+        for place, index in zip(np.ndindex(registers.shape), strided.linear_thread_idxs(), strict=True):
+            element = Int32(arith.index_cast(ir.IntegerType.get_signless(32), index))
+            member = (element // head_dim).minimum(group - 1)
+            registers[place] = vector.broadcast(kind, llvm.load(ir.F32Type.get(), pointer(ref, member * 4)))
+        return mgpu.FragmentedArray(_registers=registers, _layout=strided, _is_signed=None)
+
+    return load(ref)
+
+
 def store_vector(ref: Any, values: jax.Array) -> None:
     """Writes a [columns] vector in COLUMNS layout to global memory [columns]."""
 
@@ -344,12 +365,8 @@ def last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat, plgpu.RefType()))
     def arrive(ctx: Any, counters: Any, index: Any, pieces: Any, flag: Any) -> None:
-        void = ir.Type.parse("!llvm.void")
-
-        def fence() -> None:
-            llvm.inline_asm(void, [], "fence.acq_rel.gpu;", "~{memory}", has_side_effects=True)
-
-        fence()
+        # Barriers before and after one thread's acquire and release order what all threads of the warpgroup write and
+        # read: causality is transitive in PTX's memory model. A fence of every thread would cost its latency twice.
         mgpu_utils.warpgroup_barrier()
         with mgpu_utils.when(this_thread().index.below(1)):
             address = pointer(counters, Int32(index.registers.item()) * 4)
@@ -365,6 +382,5 @@ def last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any
                 llvm.store(int32(0).value, address)
             llvm.store(arith.extui(ir.IntegerType.get_signless(32), last), pointer(flag, int32(0)))
         mgpu_utils.warpgroup_barrier()
-        fence()
 
     arrive(counters, index, pieces, flag)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.flash import TILE
 from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS
-from pjengine.pallas_kernels.paged.mosaic_decode import DecodeConfig, decode_plan, paged_decode
+from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
+from pjengine.pallas_kernels.paged.mosaic_decode import paged_decode
 from pjengine.pallas_kernels.paged.mosaic_prefill import PrefillConfig, paged_prefill, prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import tuned
@@ -17,6 +18,7 @@ SHARED_BYTES = 225 * 1024  # per SM, less what barriers take
 BLOCK_BYTES = 16 * 1024
 DECODE_RING_BYTES = 192 * 1024
 MAX_STAGES = 6
+WHOLE_TOKENS = 256  # of a row, up to which one worker reads it all
 
 
 def paged_attention(
@@ -41,7 +43,7 @@ def paged_attention(
         k_scale, v_scale = (_per_head(x, spec.kv_heads) for x in (k_scale, v_scale))
     decode = decode or decode_config(spec, target)
     if spec.decode:
-        plan = decode_plan(kv_lens, spec, decode)
+        plan = decode_plan(kv_lens, block_tables, spec, decode)
         return paged_decode(
             q,
             k_pages,
@@ -75,7 +77,7 @@ def paged_attention(
         config=prefill or prefill_config(spec, target),
     )
     single_lens = jnp.where(counts == 1, jnp.maximum(kv_lens, 0), -1)
-    plan = decode_plan(single_lens, spec, decode)
+    plan = decode_plan(single_lens, block_tables, spec, decode)
     tokens = jnp.minimum(query_starts[:-1], q.shape[0] - 1)
     return paged_decode(
         q,
@@ -101,7 +103,13 @@ def decode_config(spec: AttentionSpec, target: Target) -> DecodeConfig:
     block = 128 if token * 128 <= BLOCK_BYTES else 64
     workers = 2 if token * 64 <= BLOCK_BYTES else 1
     stages = min(MAX_STAGES, DECODE_RING_BYTES // (2 * workers * block * token))
-    heuristic = DecodeConfig(block=block, stages=stages, workers=workers, sms=target.cores or HOPPER_SMS)
+    heuristic = DecodeConfig(
+        block=block,
+        stages=stages,
+        workers=workers,
+        sms=target.cores or HOPPER_SMS,
+        whole_blocks=WHOLE_TOKENS // block,
+    )
     return tuned("mosaic decode", spec, target, heuristic)
 
 

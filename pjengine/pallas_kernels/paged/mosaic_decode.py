@@ -4,6 +4,7 @@ The KV blocks of all (row, KV head) pairs stand in one line, row by row and head
 contiguous piece of that line, so that ragged lengths cost nothing: a worker is busy until its piece ends, whatever rows
 it crosses, and its copies run ahead across row borders. Where a pair is cut, its pieces leave partial results; who is
 last to leave one combines them (as in FlashDecoding; the even cut is Stream-K's, Osama et al. 2023, arXiv:2301.03598).
+Short pairs are not cut: see `decode_plan`.
 
 A worker is a pair of warpgroups: one issues the TMA copies and stages queries, one computes. Scores are computed
 transposed, with K as the left operand: a product then has 8 or 16 columns, not 64 rows for a few query heads.
@@ -22,7 +23,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.masking import cap_scores, first_visible
+from pjengine.pallas_kernels.masking import cap_scores
 from pjengine.pallas_kernels.mosaic_common import (
     LOG2E,
     MASKED,
@@ -34,29 +35,10 @@ from pjengine.pallas_kernels.mosaic_common import (
     tiled_smem,
 )
 from pjengine.pallas_kernels.paged import decode_tiles as tiles
+from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, Plan, first_key, worker_fields
 from pjengine.pallas_kernels.paged.mosaic_combine import combine_pieces, partial_size
-from pjengine.pallas_kernels.paged.pages import GRANULE, copy_block, copy_sources
+from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources, page_numbers, page_tokens
 from pjengine.pallas_kernels.specs import AttentionSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """Tuning of the kernel.
-
-    Attributes:
-      block: KV tokens per step of a worker, a multiple of 64.
-      stages: blocks of K, and of V, in flight per worker.
-      workers: per SM.
-      sms: streaming multiprocessors of the device.
-      copy_registers, compute_registers: per thread of the two kinds of warpgroups.
-    """
-
-    block: int
-    stages: int
-    workers: int
-    sms: int
-    copy_registers: int = 40
-    compute_registers: int = 208
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,38 +66,6 @@ class _Segment:
     whole: jax.Array
 
 
-Plan = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def decode_plan(kv_lens: jax.Array, spec: AttentionSpec, config: DecodeConfig) -> Plan:
-    """What the kernels need to know about lengths; equal for all layers with one spec, so XLA computes it once a step.
-
-    Args:
-      kv_lens: int32 [R].
-    Returns:
-      starts: int32 [R + 1], exclusive cumulative sum of each row's blocks (of one head);
-      shares: int32 [workers, 4]: begin and end of each worker's piece of the line, row and head it begins in;
-      counters: int32 [R * kv_heads] zeros: the kernel counts a pair's pieces there and leaves zeros behind.
-    """
-    ends = -(-kv_lens // config.block)
-    begins = _first(kv_lens, spec) // config.block
-    starts = jnp.cumsum(jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.maximum(ends - begins, 0)])).astype(jnp.int32)
-    workers = config.sms * config.workers
-    line = starts * spec.kv_heads
-    share = -(-line[-1] // workers)
-    begin = jnp.minimum(jnp.arange(workers, dtype=jnp.int32) * share, line[-1])
-    row = jnp.sum(line[None, 1:] <= begin[:, None], axis=1, dtype=jnp.int32)
-    row = jnp.minimum(row, kv_lens.shape[0] - 1)
-    head = (begin - line[row]) // jnp.maximum(starts[row + 1] - starts[row], 1)
-    shares = jnp.stack([begin, jnp.minimum(begin + share, line[-1]), row, head], axis=1)
-    return starts, shares, jnp.zeros(kv_lens.shape[0] * spec.kv_heads, jnp.int32)
-
-
-def _first(kv_lens: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """Position of the first key that the last query of a row sees."""
-    return first_visible(jnp.maximum(kv_lens - 1, 0), window=spec.window, chunk=spec.chunk)
-
-
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))
 def paged_decode(
     q: jax.Array,
@@ -140,7 +90,7 @@ def paged_decode(
       q: [T, heads, head_dim]; k_scale, v_scale: float32 [kv_heads] where spec.kv_scales; k_pages, v_pages,
         block_tables, sinks: as in `paged_attention`.
       kv_lens: int32 [R]; 0 for a row whose result is zeros, negative for one to leave alone.
-      plan: decode_plan of kv_lens.
+      plan: decode_plan of kv_lens and block_tables.
       row_tokens: int32 [R], the token of each row's query; None: row r is token r (T == R).
       out: [T, heads, head_dim], with row_tokens only: the results are written into it, in place where it can be; the
         rest of it stays.
@@ -154,6 +104,7 @@ def paged_decode(
     ring = functools.partial(plgpu.Barrier, num_barriers=config.workers * config.stages)
     staged = plgpu.Barrier(num_barriers=config.workers * 2)
     operand_dtype = q.dtype if k_pages.dtype.itemsize == 2 else jnp.dtype(jnp.float16)
+    copy_size = min(page_tokens(spec), config.block)
     pairs = tokens * spec.kv_heads
     operands = (
         q.reshape(pairs, spec.group, head_dim),
@@ -178,10 +129,9 @@ def paged_decode(
             weights_smem=tiled_smem((config.workers, columns, config.block), operand_dtype),
             scratch=plgpu.SMEM((config.workers, 4 * columns), jnp.float32),
             last=plgpu.SMEM((config.workers, 1), jnp.int32),
-            k_full=ring(num_arrivals=config.block // GRANULE),
-            v_full=ring(num_arrivals=config.block // GRANULE),
-            k_free=ring(),
-            v_free=ring(),
+            k_full=ring(num_arrivals=config.block // copy_size),
+            v_full=ring(num_arrivals=config.block // copy_size),
+            free=ring(),
             q_full=staged,
             q_free=staged,
         ),
@@ -222,8 +172,7 @@ def _decode_kernel(
     last: Any,
     k_full: Any,
     v_full: Any,
-    k_free: Any,
-    v_free: Any,
+    free: Any,
     q_full: Any,
     q_free: Any,
     spec: AttentionSpec,
@@ -234,9 +183,9 @@ def _decode_kernel(
     wg = lax.axis_index("wg")
     lane = lax.rem(wg, jnp.int32(config.workers))  # which of the SM's workers this warpgroup belongs to
     worker = lane * config.sms + lax.axis_index("sm")
-    begin, end, first_row, first_head = (shares_ref[worker, i] for i in range(4))
-    share = shares_ref[0, 1]  # blocks of every worker but the last ones
+    own = worker_fields([shares_ref[worker, i] for i in range(shares_ref.shape[1])])
     rows = lens_ref.shape[0]
+    sizes = {"page_size": page_tokens(spec), "block": config.block}
     table_width = tables_ref.shape[0] // rows
     columns, head_dim = q_smem.shape[-2:]
     permuted = not tiles.values_from_shared(v_smem.dtype, head_dim)
@@ -253,8 +202,8 @@ def _decode_kernel(
             after_next, later_length = starts_ref[jnp.minimum(later + 1, rows)], lens_ref[jnp.minimum(later, rows - 1)]
             row_blocks = end_of_row - start
             origin = start * spec.kv_heads + head * row_blocks
-            blocks = jnp.minimum(end, origin + row_blocks) - position
-            first = lax.div(_first(length, spec), jnp.int32(config.block)) + position - origin
+            blocks = jnp.minimum(own.end, origin + row_blocks) - position
+            first = lax.div(first_key(length, spec), jnp.int32(config.block)) + position - origin
             opens = position == origin
             whole = opens & (blocks == row_blocks)
             segment = _Segment(ordinal, step, row, head, length, origin, row_blocks, first, blocks, opens, whole)
@@ -270,25 +219,19 @@ def _decode_kernel(
             row, head = jnp.where(last, row + 1, row), jnp.where(last, 0, head + 1)
             return position + blocks, row, head, ordinal + (blocks > 0).astype(jnp.int32), step + blocks, ends, lengths
 
-        def row_start(row: jax.Array) -> jax.Array:
-            return starts_ref[jnp.minimum(row, rows)]
-
-        start = (
-            begin,
-            first_row,
-            first_head,
-            jnp.int32(0),
-            jnp.int32(0),
-            tuple(row_start(first_row + i) for i in range(3)),
-            tuple(lens_ref[jnp.minimum(first_row + i, rows - 1)] for i in range(2)),
-        )
-        lax.while_loop(lambda state: state[0] < end, one, start)
+        start = (own.begin, own.row, own.head, jnp.int32(0), jnp.int32(0), own.starts, own.lengths)
+        lax.while_loop(lambda state: state[0] < own.end, one, start)
 
     def ring_slot(step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(config.stages))
 
     def query_pair(row: jax.Array, head: jax.Array) -> jax.Array:
         return (row if dense else row_tokens_ref[row]) * spec.kv_heads + head
+
+    def stage_queries(segment: _Segment, place: jax.Array) -> None:
+        queries = q_ref.at[query_pair(segment.row, segment.head)]
+        tiles.stage_queries(queries, q_smem.at[lane, place], permuted=not tiles.keys_from_shared(k_smem.dtype))
+        plgpu.commit_smem()
 
     @pl.when(wg >= config.workers)
     def _copy() -> None:
@@ -301,19 +244,19 @@ def _decode_kernel(
                 barrier = lane * config.stages + slot
                 index = segment.first + i
                 count = segment.length - index * config.block
-                row_offset = segment.row * table_width
-                sources = copy_sources(
-                    tables_ref, row_offset, index, page_size=spec.page_size, block=config.block, size=GRANULE
+                # The first block does not wait for the block table.
+                pages = lax.cond(
+                    segment.step + i == 0,
+                    lambda: list(own.pages),
+                    lambda: page_numbers(tables_ref, segment.row * table_width, index, **sizes),
                 )
-                for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
-
-                    @pl.when(segment.step + i >= config.stages)
-                    def _(free: Any = free) -> None:
-                        plgpu.barrier_wait(free.at[barrier])
-
+                sources = copy_sources(pages, index, size=min(sizes.values()), **sizes)
+                pl.when(segment.step + i >= config.stages)(functools.partial(plgpu.barrier_wait, free.at[barrier]))
+                for ref, smem, full in ((k_ref, k_smem, k_full), (v_ref, v_smem, v_full)):
                     copy_block(ref, sources, segment.head, smem.at[lane, slot], full.at[barrier], count)
 
-                @pl.when(i == 0)
+                # The worker's first queries are the computing warpgroup's: it has nothing else to do yet.
+                @pl.when((i == 0) & (segment.ordinal > 0))
                 def _stage() -> None:
                     place = lax.rem(segment.ordinal, jnp.int32(2))
                     barrier = lane * 2 + place
@@ -322,11 +265,7 @@ def _decode_kernel(
                     def _() -> None:
                         plgpu.barrier_wait(q_free.at[barrier])
 
-                    queries = q_ref.at[query_pair(segment.row, segment.head)]
-                    tiles.stage_queries(
-                        queries, q_smem.at[lane, place], permuted=not tiles.keys_from_shared(k_smem.dtype)
-                    )
-                    plgpu.commit_smem()
+                    stage_queries(segment, place)
                     plgpu.barrier_arrive(q_full.at[barrier])
 
         for_each_segment(process)
@@ -349,11 +288,12 @@ def _decode_kernel(
         def process(segment: _Segment) -> None:
             pair = query_pair(segment.row, segment.head)
             place = lax.rem(segment.ordinal, jnp.int32(2))
-            visible_from = _first(segment.length, spec)
-            score_scale = jnp.float32(scale)
+            visible_from = first_key(segment.length, spec)
+            score_scale, factor = jnp.float32(scale), jnp.float32(1)
             if spec.kv_scales:
-                score_scale = score_scale * k_scale_ref[segment.head]
-            plgpu.barrier_wait(q_full.at[lane * 2 + place])
+                score_scale, factor = score_scale * k_scale_ref[segment.head], v_scale_ref[segment.head]
+            pl.when(segment.ordinal == 0)(functools.partial(stage_queries, segment, place))
+            pl.when(segment.ordinal > 0)(functools.partial(plgpu.barrier_wait, q_full.at[lane * 2 + place]))
 
             def block(i: jax.Array, state: _State, masked: bool) -> _State:
                 slot = ring_slot(segment.step + i)
@@ -365,7 +305,7 @@ def _decode_kernel(
                     v_smem.at[lane, slot],
                     weights_smem.at[lane],
                     scratch.at[lane],
-                    (k_full.at[barrier], v_full.at[barrier], k_free.at[barrier], v_free.at[barrier]),
+                    (k_full.at[barrier], v_full.at[barrier], free.at[barrier]),
                     (visible_from - begin, segment.length - begin) if masked else None,
                     state,
                     scale=score_scale,
@@ -385,9 +325,6 @@ def _decode_kernel(
             acc, top, weights = lax.fori_loop(whole, segment.blocks, functools.partial(block, masked=True), state)
             plgpu.barrier_arrive(q_free.at[lane * 2 + place])
             total = tiles.reduce_tokens(weights, scratch.at[lane], largest=False)
-            factor = jnp.float32(1)
-            if spec.kv_scales:
-                factor = v_scale_ref[segment.head]
             if spec.sinks:
                 # The sink joins the piece that opens the pair.
                 sink = tiles.load_vector(sinks_ref.at[segment.head], columns) * LOG2E
@@ -409,14 +346,22 @@ def _decode_kernel(
                 piece = worker * 2 + segment.opens.astype(jnp.int32)
                 tiles.store_columns(partial_ref.at[piece], acc, spec.group, head_dim, permuted=permuted)
                 tiles.store_vector(lse_ref.at[piece], top + jnp.log(total) * LOG2E)
-                first_worker = lax.div(segment.origin, share)
-                last_worker = lax.div(segment.origin + segment.row_blocks - 1, share)
+                first_worker = lax.div(segment.origin, own.share)
+                last_worker = lax.div(segment.origin + segment.row_blocks - 1, own.share)
                 counter = segment.row * spec.kv_heads + segment.head
                 tiles.last_to_arrive(counters_ref, counter, last_worker - first_worker + 1, last.at[lane])
 
                 @pl.when(last[lane, 0] == 1)
                 def _() -> None:
-                    combine_pieces(partial_ref, lse_ref, out_ref.at[pair], first_worker, last_worker, spec=spec)
+                    combine_pieces(
+                        partial_ref,
+                        lse_ref,
+                        out_ref.at[pair],
+                        first_worker,
+                        last_worker,
+                        spec=spec,
+                        unroll=config.unroll,
+                    )
 
         for_each_segment(process)
 
@@ -432,7 +377,7 @@ def _attend_block(
     v_smem: Any,
     weights_smem: Any,
     scratch: Any,
-    barriers: tuple[Any, Any, Any, Any],
+    barriers: tuple[Any, Any, Any],
     visible: tuple[jax.Array, jax.Array] | None,
     state: _State,
     *,
@@ -443,21 +388,20 @@ def _attend_block(
 
     The third part of the state is the sum of weights, still apart by token modulo the block.
     """
-    k_full, v_full, k_free, v_free = barriers
+    k_full, v_full, free = barriers
     acc, top, total = state
     k_shared = tiles.keys_from_shared(k_smem.dtype)
     v_shared = tiles.values_from_shared(v_smem.dtype, v_smem.shape[1])
     plgpu.barrier_wait(k_full)
     keys = k_smem if k_shared else tiles.key_fragments(k_smem)
-    if not k_shared:
-        plgpu.barrier_arrive(k_free)
 
     def load_values() -> jax.Array:
         plgpu.barrier_wait(v_full)
         if visible is not None:
             tiles.clear_tokens_outside(v_smem, *visible)
         values = tiles.value_fragments(v_smem)
-        plgpu.barrier_arrive(v_free)
+        if not k_shared:
+            plgpu.barrier_arrive(free)
         return values
 
     def scores(acc_ref: Any) -> Any:
@@ -466,8 +410,8 @@ def _attend_block(
         return acc_ref[...], values
 
     qk, values = pl.run_scoped(scores, plgpu.ACC((total.shape[0], total.shape[1]), jnp.float32))
-    if k_shared:
-        plgpu.barrier_arrive(k_free)
+    if k_shared and not v_shared:
+        plgpu.barrier_arrive(free)
     factor = scale * LOG2E
     if soft_cap is not None:
         qk, factor = cap_scores(qk * scale, soft_cap), jnp.float32(LOG2E)
@@ -488,5 +432,5 @@ def _attend_block(
     plgpu.commit_smem()
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, values, weights_smem.transpose((1, 0))))(plgpu.ACC.init(acc))
     if v_shared:
-        plgpu.barrier_arrive(v_free)
+        plgpu.barrier_arrive(free)
     return acc, new_top, total

@@ -38,7 +38,7 @@ from pjengine.pallas_kernels.mosaic_common import (
     tile_iota,
     tiled_smem,
 )
-from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources
+from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources, page_numbers, page_tokens
 from pjengine.pallas_kernels.paged.widen import widen_block
 from pjengine.pallas_kernels.specs import AttentionSpec
 
@@ -247,14 +247,9 @@ def _prefill_kernel(
             kv_head = lax.div(item.head, jnp.int32(spec.group))
 
             def sources(i: jax.Array) -> Any:
-                return copy_sources(
-                    tables_ref,
-                    item.row * table_width,
-                    item.first + i,
-                    page_size=spec.page_size,
-                    block=config.block,
-                    size=_copy_size(spec, config),
-                )
+                sizes = {"page_size": page_tokens(spec), "block": config.block}
+                pages = page_numbers(tables_ref, item.row * table_width, item.first + i, **sizes)
+                return copy_sources(pages, item.first + i, size=_copy_size(spec, config), **sizes)
 
             if k_narrow is None:
 
