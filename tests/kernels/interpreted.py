@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
-from pjengine.pallas_kernels import flash, mosaic_common
+from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
 from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 
 
@@ -59,11 +59,11 @@ def _run_scoped(body: Callable[..., Any], *accumulators: Any, **scratch: Any) ->
     return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in accumulators))
 
 
-def _run_state(body: Callable[[Any], None]) -> Callable[[jax.Array], jax.Array]:
-    def run(value: jax.Array) -> jax.Array:
-        acc = _Accumulator(value)
-        body(acc)
-        return acc.value
+def _run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def run(values: Any) -> Any:
+        accumulators = jax.tree.map(_Accumulator, values)
+        body(accumulators)
+        return jax.tree.map(lambda acc: acc.value, accumulators)
 
     return run
 
@@ -107,6 +107,18 @@ def _store_rows(ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) -
     @pl.loop(jnp.maximum(begin, 0), jnp.minimum(end, values.shape[0]))
     def _(row: jax.Array) -> None:
         ref[row] = lax.dynamic_index_in_dim(values, row, keepdims=False)
+
+
+def _store_staged_rows(staged: Any, ref: Any, begin: jax.Array, end: jax.Array, row_stride: int) -> None:
+    _store_rows(ref, staged[...], begin, end)
+
+
+def _add_parts(total: jax.Array, values: jax.Array) -> jax.Array:
+    return total + values.reshape(values.shape[0], -1, total.shape[1]).sum(1)
+
+
+def _rescale_if_needed(tile: jax.Array, factors: jax.Array) -> jax.Array:
+    return tile * factors[:, None]
 
 
 def _scaled_exp2(x: jax.Array, scale: Any, shift: jax.Array, dimension: int) -> jax.Array:
@@ -164,6 +176,9 @@ _SHARED = {
     "tile_iota": lambda shape, dimension: lax.broadcasted_iota(jnp.int32, shape, dimension),
     "load_whole": lambda ref, layout, optimized=True: ref[...],
     "store_rows": _store_rows,
+    "store_staged_rows": _store_staged_rows,
+    "add_parts": _add_parts,
+    "rescale_if_needed": _rescale_if_needed,
     "scaled_exp2": _scaled_exp2,
     "clear_rows_from": _clear_rows_from,
     "clear_memory": _clear_memory,
@@ -193,12 +208,13 @@ def interpreted() -> Iterator[None]:
             **vars(plgpu),
             "ACC": _Acc,
             "wgmma": _wgmma,
+            "wgmma_accumulator_load": lambda acc, wait_n=0: acc[...],
             "layout_cast": lambda x, layout: x,
             "broadcasted_iota": lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
         }
     )
     with contextlib.ExitStack() as stack:
-        for module in (flash, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine):
+        for module in (flash, flash_joint, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

@@ -1,0 +1,181 @@
+"""The inner step of the prefill kernel: the product with V of one block and the scores of the next leave together.
+
+Two warpgroups take turns at the tensor cores (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608). A turn issues both
+products back to back, so that the tensor cores never wait for a warpgroup to notice that a product has ended; the
+softmax of one warpgroup passes behind the turn of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pjengine.pallas_kernels.flash import Ring
+from pjengine.pallas_kernels.masking import cap_scores
+from pjengine.pallas_kernels.mosaic_common import LOG2E, MASKED, TILE_ROWS, clear_rows_from, column, scaled_exp2, tile
+from pjengine.pallas_kernels.tile_softmax import PARTS, add_parts, rescale_if_needed
+
+# A maximum may lag behind by this many powers of two: weights up to 256 cost no precision, and most blocks need no
+# rescaling then (FlashAttention-4).
+SLACK = 8.0
+
+# accumulator [64, head_dim], running maximum [64] (log2), sums of weights [64, PARTS], weights [64, block] of the block
+# whose product with V is still to come
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Mask = Callable[[tuple[int, ...]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """The order at the tensor cores: a barrier per warpgroup, at which the other one arrives when it has issued.
+
+    barriers: None: no order.
+    """
+
+    barriers: Any | None
+    wg: jax.Array
+
+    def wait(self) -> None:
+        if self.barriers is not None:
+            plgpu.barrier_wait(self.barriers.at[self.wg])
+
+    def hand_over(self) -> None:
+        if self.barriers is not None:
+            plgpu.barrier_arrive(self.barriers.at[1 - self.wg])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How scores become weights: scale (soft_cap: of the scaled scores) as in AttentionSpec; slack: see SLACK."""
+
+    scale: float | jax.Array
+    soft_cap: float | None
+    slack: float | None = SLACK
+    early: bool = False
+
+    def weigh(
+        self, qk: jax.Array, top: jax.Array, total: jax.Array, mask: Mask | None, dtype: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """One step of the online softmax over raw scores [64, block]; mask: called with their shape, True is seen.
+
+        Returns: maximum, sums, weights, and what the accumulator is to be multiplied by, [64].
+        """
+        factor: Any = self.scale * LOG2E
+        if self.soft_cap is not None:
+            qk, factor = cap_scores(qk * self.scale, self.soft_cap), LOG2E
+        if mask is not None:
+            qk = jnp.where(mask(qk.shape), qk, -jnp.inf)
+        block_top = qk.max(axis=1) * factor
+        if self.slack is None:
+            new_top = jnp.maximum(top, block_top)
+        else:
+            new_top = jnp.where(block_top > top + self.slack, block_top, top)
+        rescale = jnp.exp2(top - new_top)
+        weights = scaled_exp2(qk, factor, new_top, 0)
+        total = add_parts(total * lax.broadcast_in_dim(rescale, total.shape, [0]), weights)
+        # Before the branch: the conversion then passes behind the exponentials.
+        total, narrow = lax.optimization_barrier((total, weights.astype(dtype)))
+        return new_top, total, narrow, rescale
+
+    def rescaled(self, acc: jax.Array, rescale: jax.Array) -> jax.Array:
+        if self.slack is None:
+            return acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+        return rescale_if_needed(acc, rescale)
+
+
+def first_block(q: Any, ring: Ring, turns: Turns, step: jax.Array, scores: Scores, mask: Mask, head_dim: int) -> State:
+    """Scores and weights of a tile's first block.
+
+    Args:
+      q: shared memory [64, head_dim]; step: number of the block since the kernel began.
+    """
+    slot = lax.rem(step, jnp.int32(ring.stages))
+    plgpu.barrier_wait(ring.k_full.at[slot])
+    turns.wait()
+
+    def products(acc_ref: Any) -> jax.Array:
+        plgpu.wgmma(acc_ref, q, ring.k.at[slot].transpose((1, 0)))
+        turns.hand_over()
+        return acc_ref[...]
+
+    qk = pl.run_scoped(products, plgpu.ACC((TILE_ROWS, ring.k.shape[1]), jnp.float32))
+    plgpu.barrier_arrive(ring.k_free.at[slot])
+    top, total, weights, _ = scores.weigh(qk, column(MASKED), tile(0, PARTS), mask, ring.v.dtype)
+    plgpu.barrier_wait(ring.v_full.at[slot])
+    return tile(0, head_dim), top, total, weights
+
+
+def next_block(q: Any, ring: Ring, turns: Turns, step: jax.Array, state: State, scores: Scores, mask: Mask | None) -> State:
+    """The product with V of the block before `step`; scores and weights of block `step`."""
+    acc, top, total, weights = state
+    slot, slot_before = (lax.rem(x, jnp.int32(ring.stages)) for x in (step, step - 1))
+    plgpu.barrier_wait(ring.k_full.at[slot])
+    turns.wait()
+
+    def products(refs: tuple[Any, Any]) -> None:
+        acc_ref, qk_ref = refs
+        plgpu.wgmma(acc_ref, weights, ring.v.at[slot_before])
+        plgpu.wgmma(qk_ref, q, ring.k.at[slot].transpose((1, 0)))
+        turns.hand_over()
+
+    if scores.early:
+        return _next_early(q, ring, turns, (slot_before, slot), state, scores, mask)
+    start = plgpu.ACC.init(acc), plgpu.ACC.init(tile(0, ring.k.shape[1]))
+    acc, qk = pl.run_state(products)(start)
+    plgpu.barrier_arrive(ring.v_free.at[slot_before])
+    plgpu.barrier_arrive(ring.k_free.at[slot])
+    top, total, weights, rescale = scores.weigh(qk, top, total, mask, ring.v.dtype)
+    plgpu.barrier_wait(ring.v_full.at[slot])
+    return scores.rescaled(acc, rescale), top, total, weights
+
+
+def _next_early(q, ring, turns, slots, state, scores, mask):
+    acc, top, total, weights = state
+    before, slot = slots
+
+    def body(refs):
+        acc_ref, qk_ref, top_ref, total_ref, weights_ref, rescale_ref = refs
+        plgpu.wgmma(qk_ref, q, ring.k.at[slot].transpose((1, 0)))
+        plgpu.wgmma(acc_ref, weights, ring.v.at[before])
+        turns.hand_over()
+        qk = plgpu.wgmma_accumulator_load(qk_ref, wait_n=1)
+        plgpu.barrier_arrive(ring.k_free.at[slot])
+        top_ref[...], total_ref[...], weights_ref[...], rescale_ref[...] = scores.weigh(
+            qk, top, total, mask, jnp.float32
+        )
+        plgpu.barrier_wait(ring.v_full.at[slot])
+
+    start = plgpu.ACC.init(acc), plgpu.ACC.init(tile(0, ring.k.shape[1])), top, total, tile(0, weights.shape[1]), top
+    acc, _, top, total, weights, rescale = pl.run_state(body)(start)
+    weights = weights.astype(ring.v.dtype)
+    plgpu.barrier_arrive(ring.v_free.at[before])
+    return scores.rescaled(acc, rescale), top, total, weights
+
+
+def last_values(ring: Ring, turns: Turns, step: jax.Array, state: State, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    """The product with V of a tile's last block, number `step`.
+
+    Args:
+      tokens: how many leading tokens of the block exist; what stands in the others may be NaN.
+    Returns: accumulator [64, head_dim], maximum [64] (log2), sum of weights [64].
+    """
+    acc, top, total, weights = state
+    slot = lax.rem(step, jnp.int32(ring.stages))
+    # Both warpgroups clear, each before it reads: they write equal bytes.
+    clear_rows_from(ring.v.at[slot], tokens)
+    turns.wait()
+
+    def products(acc_ref: Any) -> None:
+        plgpu.wgmma(acc_ref, weights, ring.v.at[slot])
+        turns.hand_over()
+
+    acc = pl.run_state(products)(plgpu.ACC.init(acc))
+    plgpu.barrier_arrive(ring.v_free.at[slot])
+    return acc, top, total.sum(axis=1)
