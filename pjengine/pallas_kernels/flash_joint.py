@@ -20,11 +20,7 @@ from jax import lax
 from pjengine.pallas_kernels.flash import Ring
 from pjengine.pallas_kernels.masking import cap_scores
 from pjengine.pallas_kernels.mosaic_common import LOG2E, MASKED, TILE_ROWS, clear_rows_from, column, scaled_exp2, tile
-from pjengine.pallas_kernels.tile_softmax import PARTS, add_parts, rescale_if_needed
-
-# A maximum may lag behind by this many powers of two: weights up to 256 cost no precision, and most blocks need no
-# rescaling then (FlashAttention-4).
-SLACK = 8.0
+from pjengine.pallas_kernels.tile_softmax import PARTS, add_parts, rescale_if_needed, widen_with_zeros
 
 # accumulator [64, head_dim], running maximum [64] (log2), sums of weights [64, PARTS], weights [64, block] of the block
 # whose product with V is still to come
@@ -53,12 +49,18 @@ class Turns:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How scores become weights: scale (soft_cap: of the scaled scores) as in AttentionSpec; slack: see SLACK."""
+    """How scores become weights.
+
+    Attributes:
+      scale: positive; soft_cap: of the scaled scores, as in AttentionSpec.
+      slack: how far a maximum may lag behind, in powers of two; None: the accumulator is rescaled at every block.
+      early: the softmax of a block begins while the product with V of the block before it runs.
+    """
 
     scale: float | jax.Array
     soft_cap: float | None
-    slack: float | None = SLACK
-    early: bool = False
+    slack: float | None
+    early: bool
 
     def weigh(
         self, qk: jax.Array, top: jax.Array, total: jax.Array, mask: Mask | None, dtype: Any
@@ -85,91 +87,138 @@ class Scores:
         return new_top, total, narrow, rescale
 
     def rescaled(self, acc: jax.Array, rescale: jax.Array) -> jax.Array:
+        """The accumulator [64, head_dim] times `rescale` [64]."""
         if self.slack is None:
             return acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
         return rescale_if_needed(acc, rescale)
 
 
-def first_block(q: Any, ring: Ring, turns: Turns, step: jax.Array, scores: Scores, mask: Mask, head_dim: int) -> State:
-    """Scores and weights of a tile's first block.
+def first_block(
+    q: Any,
+    ring: Ring,
+    turns: Turns,
+    step: jax.Array,
+    scores: Scores,
+    mask: Mask,
+    half: jax.Array | None,
+    tokens: jax.Array,
+    head_dim: int,
+) -> State:
+    """Scores and weights of a tile's first block, and its V made ready.
 
     Args:
       q: shared memory [64, head_dim]; step: number of the block since the kernel began.
+      half: no query sees the second half of the block, or None: unknown.
+      tokens: how many leading tokens of the block exist; what stands in the others may be NaN.
     """
     slot = lax.rem(step, jnp.int32(ring.stages))
+    block = ring.k.shape[1]
     plgpu.barrier_wait(ring.k_full.at[slot])
     turns.wait()
 
-    def products(acc_ref: Any) -> jax.Array:
-        plgpu.wgmma(acc_ref, q, ring.k.at[slot].transpose((1, 0)))
-        turns.hand_over()
-        return acc_ref[...]
+    def attend(keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def products(acc_ref: Any) -> jax.Array:
+            plgpu.wgmma(acc_ref, q, ring.k.at[slot, pl.ds(0, keys)].transpose((1, 0)))
+            turns.hand_over()
+            return acc_ref[...]
 
-    qk = pl.run_scoped(products, plgpu.ACC((TILE_ROWS, ring.k.shape[1]), jnp.float32))
-    plgpu.barrier_arrive(ring.k_free.at[slot])
-    top, total, weights, _ = scores.weigh(qk, column(MASKED), tile(0, PARTS), mask, ring.v.dtype)
+        qk = pl.run_scoped(products, plgpu.ACC((TILE_ROWS, keys), jnp.float32))
+        plgpu.barrier_arrive(ring.k_free.at[slot])
+        top, total, weights, _ = scores.weigh(qk, column(MASKED), tile(0, PARTS), mask, ring.v.dtype)
+        return top, total, widen_with_zeros(weights, block)
+
+    if half is None:
+        top, total, weights = attend(block)
+    else:
+        top, total, weights = lax.cond(half, lambda: attend(block // 2), lambda: attend(block))
     plgpu.barrier_wait(ring.v_full.at[slot])
+    # Both warpgroups clear, each before it reads: they write equal bytes.
+    clear_rows_from(ring.v.at[slot], tokens)
     return tile(0, head_dim), top, total, weights
 
 
-def next_block(q: Any, ring: Ring, turns: Turns, step: jax.Array, state: State, scores: Scores, mask: Mask | None) -> State:
+def next_block(
+    q: Any, ring: Ring, turns: Turns, step: jax.Array, state: State, scores: Scores, mask: Mask | None
+) -> State:
     """The product with V of the block before `step`; scores and weights of block `step`."""
-    acc, top, total, weights = state
-    slot, slot_before = (lax.rem(x, jnp.int32(ring.stages)) for x in (step, step - 1))
+    slot, before = (lax.rem(x, jnp.int32(ring.stages)) for x in (step, step - 1))
     plgpu.barrier_wait(ring.k_full.at[slot])
     turns.wait()
-
-    def products(refs: tuple[Any, Any]) -> None:
-        acc_ref, qk_ref = refs
-        plgpu.wgmma(acc_ref, weights, ring.v.at[slot_before])
-        plgpu.wgmma(qk_ref, q, ring.k.at[slot].transpose((1, 0)))
-        turns.hand_over()
-
-    if scores.early:
-        return _next_early(q, ring, turns, (slot_before, slot), state, scores, mask)
-    start = plgpu.ACC.init(acc), plgpu.ACC.init(tile(0, ring.k.shape[1]))
-    acc, qk = pl.run_state(products)(start)
-    plgpu.barrier_arrive(ring.v_free.at[slot_before])
-    plgpu.barrier_arrive(ring.k_free.at[slot])
-    top, total, weights, rescale = scores.weigh(qk, top, total, mask, ring.v.dtype)
-    plgpu.barrier_wait(ring.v_full.at[slot])
+    products = _early_scores if scores.early else _values_first
+    acc, top, total, weights, rescale = products(q, ring, turns, slot, before, state, scores, mask)
     return scores.rescaled(acc, rescale), top, total, weights
 
 
-def _next_early(q, ring, turns, slots, state, scores, mask):
-    acc, top, total, weights = state
-    before, slot = slots
+def _early_scores(
+    q: Any,
+    ring: Ring,
+    turns: Turns,
+    slot: jax.Array,
+    before: jax.Array,
+    state: State,
+    scores: Scores,
+    mask: Mask | None,
+) -> tuple[jax.Array, ...]:
+    """The scores' product is issued first, and the softmax passes behind the product with V too.
 
-    def body(refs):
-        acc_ref, qk_ref, top_ref, total_ref, weights_ref, rescale_ref = refs
+    The weights stay in float32 until that product has ended: the assembler serialises all products where it sees
+    operands of the next one made while one runs. The wait for V stands where it does because the assembler moves the
+    wait for a product upwards, but not past a loop.
+    """
+    acc, top, total, weights = state
+
+    def products(refs: tuple[Any, ...]) -> None:
+        acc_ref, qk_ref, *result_refs = refs
         plgpu.wgmma(qk_ref, q, ring.k.at[slot].transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights, ring.v.at[before])
         turns.hand_over()
         qk = plgpu.wgmma_accumulator_load(qk_ref, wait_n=1)
         plgpu.barrier_arrive(ring.k_free.at[slot])
-        top_ref[...], total_ref[...], weights_ref[...], rescale_ref[...] = scores.weigh(
-            qk, top, total, mask, jnp.float32
-        )
+        for ref, value in zip(result_refs, scores.weigh(qk, top, total, mask, jnp.float32), strict=True):
+            ref[...] = value
         plgpu.barrier_wait(ring.v_full.at[slot])
 
-    start = plgpu.ACC.init(acc), plgpu.ACC.init(tile(0, ring.k.shape[1])), top, total, tile(0, weights.shape[1]), top
-    acc, _, top, total, weights, rescale = pl.run_state(body)(start)
-    weights = weights.astype(ring.v.dtype)
+    wide = tile(0, weights.shape[1])
+    start = (plgpu.ACC.init(acc), plgpu.ACC.init(wide), top, total, wide, top)
+    acc, _, top, total, wide, rescale = pl.run_state(products)(start)
     plgpu.barrier_arrive(ring.v_free.at[before])
-    return scores.rescaled(acc, rescale), top, total, weights
+    return acc, top, total, wide.astype(weights.dtype), rescale
 
 
-def last_values(ring: Ring, turns: Turns, step: jax.Array, state: State, tokens: jax.Array) -> tuple[jax.Array, ...]:
+def _values_first(
+    q: Any,
+    ring: Ring,
+    turns: Turns,
+    slot: jax.Array,
+    before: jax.Array,
+    state: State,
+    scores: Scores,
+    mask: Mask | None,
+) -> tuple[jax.Array, ...]:
+    """The product with V is issued first; the softmax begins when both have ended."""
+    acc, top, total, weights = state
+
+    def products(refs: tuple[Any, Any]) -> None:
+        acc_ref, qk_ref = refs
+        plgpu.wgmma(acc_ref, weights, ring.v.at[before])
+        plgpu.wgmma(qk_ref, q, ring.k.at[slot].transpose((1, 0)))
+        turns.hand_over()
+
+    acc, qk = pl.run_state(products)((plgpu.ACC.init(acc), plgpu.ACC.init(tile(0, weights.shape[1]))))
+    plgpu.barrier_arrive(ring.v_free.at[before])
+    plgpu.barrier_arrive(ring.k_free.at[slot])
+    top, total, weights, rescale = scores.weigh(qk, top, total, mask, weights.dtype)
+    plgpu.barrier_wait(ring.v_full.at[slot])
+    return acc, top, total, weights, rescale
+
+
+def last_values(ring: Ring, turns: Turns, step: jax.Array, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The product with V of a tile's last block, number `step`.
 
-    Args:
-      tokens: how many leading tokens of the block exist; what stands in the others may be NaN.
     Returns: accumulator [64, head_dim], maximum [64] (log2), sum of weights [64].
     """
     acc, top, total, weights = state
     slot = lax.rem(step, jnp.int32(ring.stages))
-    # Both warpgroups clear, each before it reads: they write equal bytes.
-    clear_rows_from(ring.v.at[slot], tokens)
     turns.wait()
 
     def products(acc_ref: Any) -> None:

@@ -14,13 +14,14 @@ from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from pjengine.pallas_kernels.registers import int32
 
+_IF: Any = scf.IfOp  # jaxlib's own constructor, unlike the generated one that the type stubs show
 PARTS = 8  # columns of a tile whose rows hold sums that are still apart by lane: two a lane
 
 
 def add_parts(total: jax.Array, values: jax.Array) -> jax.Array:
-    """total [rows, PARTS] plus the columns of values [rows, n], each to the one in the same lane; no lane talks to another.
+    """total [rows, PARTS] plus the columns of values [rows, n], each added to one in the same lane.
 
-    Both are float32 in the wgmma accumulator layout. The sum of a row of the result is the sum of both rows.
+    Both are float32 in the wgmma accumulator layout. A row's sum of the result is its sum of both; lanes need not talk.
     """
     layout = plgpu.Layout.WGMMA
     result = plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=layout)
@@ -60,7 +61,7 @@ def rescale_if_needed(tile: jax.Array, factors: jax.Array) -> jax.Array:
             scalar = vector.extract(factor, dynamic_position=[], static_position=[0])
             changed = arith.cmpf(arith.CmpFPredicate.UNE, scalar, one)
             needed = changed if needed is None else arith.ori(needed, changed)
-        branch = scf.IfOp(_any_lane(needed), [x.type for x in tile.registers.flat], has_else=True)
+        branch: Any = _IF(_any_lane(needed), [x.type for x in tile.registers.flat], has_else=True)
         with ir.InsertionPoint(branch.then_block):
             spread = factors.broadcast_in_dim(tile.shape, (0,), tile.layout)
             scf.yield_([arith.mulf(x, f) for x, f in zip(tile.registers.flat, spread.registers.flat, strict=True)])
@@ -73,6 +74,26 @@ def rescale_if_needed(tile: jax.Array, factors: jax.Array) -> jax.Array:
     return rescale(tile, factors)
 
 
+def widen_with_zeros(tile: jax.Array, columns: int) -> jax.Array:
+    """A 16-bit tile [rows, n] in the wgmma accumulator layout, followed by zeros up to [rows, columns]."""
+    if tile.shape[1] == columns:
+        return tile
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct((tile.shape[0], columns), tile.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def widen(ctx: Any, tile: Any) -> Any:
+        kind = tile.registers.flat[0].type
+        zero = vector.broadcast(kind, mgpu.c(0.0, tile.mlir_dtype))
+        shape = list(tile.registers.shape)
+        shape[1] = columns // 8
+        registers = np.full(shape, zero, dtype=object)
+        registers[:, : tile.registers.shape[1]] = tile.registers
+        return mgpu.FragmentedArray(_registers=registers, _layout=tile.layout, _is_signed=None)
+
+    return widen(tile)
+
+
 def _any_lane(predicate: Any) -> Any:
     """Whether a predicate holds in any lane of the warp."""
     word = ir.IntegerType.get_signless(32)
@@ -80,5 +101,5 @@ def _any_lane(predicate: Any) -> Any:
         "{ .reg .pred own, any; setp.ne.b32 own, $1, 0; "
         "vote.sync.any.pred any, own, 0xffffffff; selp.b32 $0, 1, 0, any; }"
     )
-    voted = llvm.inline_asm(word, [arith.extui(word, predicate)], text, "=r,r", has_side_effects=True)
+    voted: Any = llvm.inline_asm(word, [arith.extui(word, predicate)], text, "=r,r", has_side_effects=True)
     return arith.cmpi(arith.CmpIPredicate.ne, voted, int32(0).value)

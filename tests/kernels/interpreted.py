@@ -179,6 +179,7 @@ _SHARED = {
     "store_staged_rows": _store_staged_rows,
     "add_parts": _add_parts,
     "rescale_if_needed": _rescale_if_needed,
+    "widen_with_zeros": lambda tile, columns: jnp.pad(tile, ((0, 0), (0, columns - tile.shape[1]))),
     "scaled_exp2": _scaled_exp2,
     "clear_rows_from": _clear_rows_from,
     "clear_memory": _clear_memory,

@@ -1,7 +1,8 @@
 """Ragged paged prefill on Hopper: FlashAttention over a device work list of query tiles, in Pallas Mosaic GPU.
 
-One warpgroup copies, and widens a float8 cache; two compute 64 queries each (see `flash_joint`). The grid is persistent;
-tiles are dealt out longest first, in alternating direction, which evens out causal work without atomics.
+One warpgroup copies, and widens a float8 cache; two compute 64 queries each (see `flash_joint`), from the last block of
+keys to the first. The grid is persistent; tiles are dealt out longest first, in alternating direction, which evens out
+causal work without atomics.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class PrefillConfig:
 
     Attributes:
       block: KV tokens per step, a multiple of 64.
-      stages: blocks of K, and of V, in flight; query_stages: tiles of queries.
+      stages: blocks of K, and of V, in flight, at least 2; query_stages: tiles of queries.
       sms: streaming multiprocessors of the device.
+      slack, early: as in `flash_joint.Scores`. Weights up to 2^8 cost no precision.
+      ordered: the two computing warpgroups take turns at the tensor cores.
     """
 
     block: int
@@ -49,7 +52,8 @@ class PrefillConfig:
     query_stages: int
     sms: int
     slack: float | None = 8.0
-    early: bool = False
+    early: bool = True
+    ordered: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,8 @@ def paged_prefill(
         float32 [kv_heads] where spec.kv_scales; others as in `paged_attention`.
     Returns: q's shape.
     """
+    if config.stages < 2:
+        raise ValueError(f"stages: a block is waited for before the one before it is free, got {config.stages}")
     head_dim = spec.head_dim
     copies = config.block // _copy_size(spec, config)
     widens = k_pages.dtype != q.dtype
@@ -149,7 +155,7 @@ def paged_prefill(
             q_smem=tiled_smem((config.query_stages, COMPUTE_WARPGROUPS, TILE_ROWS, head_dim), q.dtype),
             q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.query_stages),
             q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.query_stages),
-            **({"turn_barriers": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)} if config.query_stages > 1 else {}),
+            **({"turn_barriers": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)} if config.ordered else {}),
             **narrow,
             **ring_scratch(config.stages, config.block, head_dim, q.dtype, ring_copies),
         ),
@@ -240,10 +246,11 @@ def _prefill_kernel(
             kv_head = lax.div(item.head, jnp.int32(spec.group))
 
             def sources(i: jax.Array) -> Any:
+                """From the last block to the first: what the masks cut short comes first."""
                 return copy_sources(
                     tables_ref,
                     item.row * table_width,
-                    item.first + i,
+                    item.first + item.blocks - 1 - i,
                     page_size=spec.page_size,
                     block=config.block,
                     size=_copy_size(spec, config),
@@ -268,10 +275,8 @@ def _prefill_kernel(
                 ref, smem, full = narrow[name]
                 copy_block(ref, sources(i), kv_head, smem, full)
 
-            @pl.when(item.blocks > 0)
-            def _() -> None:
-                start("k", jnp.int32(0))
-                start("v", jnp.int32(0))
+            start("k", jnp.int32(0))
+            start("v", jnp.int32(0))
 
             @pl.loop(0, item.blocks)
             def _(i: jax.Array) -> None:
@@ -308,11 +313,14 @@ def _prefill_kernel(
             scores = Scores(score_scale, spec.soft_cap, config.slack, config.early)
             queries = q_smem.at[q_slot, wg]
 
-            def mask_of(i: jax.Array) -> Mask:
-                first_key = (item.first + i) * config.block
+            def first_key(i: jax.Array) -> jax.Array:
+                return (item.first + item.blocks - 1 - i) * config.block
 
+            def mask_of(i: jax.Array) -> Mask:
                 def mask(shape: tuple[int, ...]) -> jax.Array:
-                    positions, keys = (x + tile_iota((shape[0], shape[1]), d) for d, x in enumerate((own, first_key)))
+                    positions, keys = (
+                        x + tile_iota((shape[0], shape[1]), d) for d, x in enumerate((own, first_key(i)))
+                    )
                     return visible(positions, keys, causal=True, window=spec.window, chunk=spec.chunk)
 
                 return mask
@@ -323,23 +331,31 @@ def _prefill_kernel(
             whole = lax.div(own + 1, block) - item.first  # leading blocks that every query sees whole
             if spec.window is not None or spec.chunk is not None:
                 whole = jnp.int32(0)
-            whole = jnp.clip(whole, 1, item.blocks)
-            state = first_block(queries, ring, turns, item.step, scores, mask_of(jnp.int32(0)), spec.head_dim)
-            state = lax.fori_loop(1, whole, functools.partial(attend, masked=False), state)
-            state = lax.fori_loop(whole, item.blocks, functools.partial(attend, masked=True), state)
-            last = item.blocks - 1
-            tokens = item.length - (item.first + last) * config.block
-            state = last_values(ring, turns, item.step + last, state, tokens)
-            acc, total = finish(state, sinks_ref[item.head] * LOG2E if spec.sinks else None)
+            masked = item.blocks - jnp.clip(whole, 0, item.blocks - 1)
+            start = first_key(jnp.int32(0))
+            half = own + TILE_ROWS <= start + config.block // 2 if config.block > TILE_ROWS else None
+            state = first_block(
+                queries,
+                ring,
+                turns,
+                item.step,
+                scores,
+                mask_of(jnp.int32(0)),
+                half,
+                item.length - start,
+                spec.head_dim,
+            )
+            state = lax.fori_loop(1, masked, functools.partial(attend, masked=True), state)
+            state = lax.fori_loop(masked, item.blocks, functools.partial(attend, masked=False), state)
+            result = last_values(ring, turns, item.step + item.blocks - 1, state)
+            acc, total = finish(result, sinks_ref[item.head] * LOG2E if spec.sinks else None)
             factor = v_scale_ref[kv_head] / total if spec.kv_scales else 1 / total
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
             queries[...] = acc.astype(out_ref.dtype)  # their place is free now
             plgpu.commit_smem()
             skipped = wg * TILE_ROWS
             target = out_ref.at[pl.ds(item.token + skipped, TILE_ROWS), item.head]
-            store_staged_rows(
-                queries, target, item.begin - skipped, item.end - skipped, spec.heads * spec.head_dim
-            )
+            store_staged_rows(queries, target, item.begin - skipped, item.end - skipped, spec.heads * spec.head_dim)
             plgpu.barrier_arrive(q_free.at[q_slot])
 
         pl.when(wg == 1)(turns.hand_over)  # the first turn is the other's
