@@ -4,7 +4,8 @@ The interpreter (private, unfinished) knows loops, copies, barriers and threads,
 start with a value, transposed operands, or inlined Mosaic code. `interpreted` puts plain JAX in the place of those, by
 name; a kernel's loops, work lists, rings, masks and hand-overs between warpgroups run as they are.
 
-A warpgroup that waits blocks one of XLA's threads: two warpgroups are safe on a machine of two cores, three may hang.
+A warpgroup that waits blocks one of XLA's threads, of which there are as many as cores: two warpgroups are safe on a
+machine of two cores, three hang there unless the environment variable NPROC, read when JAX starts, asks for more.
 """
 
 from __future__ import annotations

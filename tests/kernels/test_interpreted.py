@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -68,3 +71,11 @@ def test_decode(kv_dtype: str, options: dict[str, Any]) -> None:
         jax.block_until_ready(out)
     expected = oracle_paged(case, sinks=sinks, k_scale=scale, v_scale=scale, **options)
     assert relative_error(out.astype(jnp.float32), expected) < 1e-2
+
+
+def test_prefill() -> None:
+    """In a process of its own: three warpgroups wait at once, and XLA has a thread for each where NPROC says so."""
+    environment = {**os.environ, "NPROC": "8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted_prefill"], env=environment, check=True, timeout=300
+    )
