@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 2, 1, 64, 32
 PADDING = 144  # tokens: the interpreter refuses copies that reach past an array, which TMA cuts off
 
 
-def check(query_lens: list[int], kv_lens: list[int], *, window: int | None = None, **fields: int) -> None:
+def check(query_lens: list[int], kv_lens: list[int], *, window: int | None = None, **fields: Any) -> None:
     """One batch; all items on one SM, so that tiles of queries and blocks of keys follow one another."""
     rng = np.random.default_rng(0)
     case = paged_case(
