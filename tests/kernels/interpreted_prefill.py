@@ -41,6 +41,8 @@ def check(query_lens: list[int], kv_lens: list[int], *, window: int | None = Non
     error = relative_error(out[: starts[-1]].astype(jnp.float32), oracle_paged(case, window=window))
     if not error < 1e-2:
         raise AssertionError(f"queries {query_lens} of {kv_lens} tokens, {fields}: relative error {error}")
+    if out[starts[-1] :].any():
+        raise AssertionError("tokens that no row owns are not zeros")
 
 
 if __name__ == "__main__":

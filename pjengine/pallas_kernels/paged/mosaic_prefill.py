@@ -293,10 +293,11 @@ def _prefill_kernel(
         for_each_item(process)
         heads_bytes = spec.heads * spec.head_dim * out_ref.dtype.itemsize
 
-        @pl.loop(0, pl.cdiv(out_ref.shape[0], config.sms))
+        unowned = tokens_ref[0] + sm
+
+        @pl.loop(0, lax.div(out_ref.shape[0] - unowned + (config.sms - 1), jnp.int32(config.sms)))
         def _(lap: jax.Array) -> None:
-            token = tokens_ref[0] + lap * config.sms + sm
-            pl.when(token < out_ref.shape[0])(lambda: clear_memory(out_ref.at[token], heads_bytes))
+            clear_memory(out_ref.at[unowned + lap * config.sms], heads_bytes)
 
     @pl.when(wg < COMPUTE_WARPGROUPS)
     def _compute() -> None:
