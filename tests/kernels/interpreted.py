@@ -4,7 +4,8 @@ The interpreter (private, unfinished) knows loops, copies, barriers and threads,
 start with a value, transposed operands, or inlined Mosaic code. `interpreted` puts plain JAX in the place of those, by
 name; a kernel's loops, work lists, rings, masks and hand-overs between warpgroups run as they are.
 
-A warpgroup that waits blocks one of XLA's threads: two warpgroups are safe on a machine of two cores, three may hang.
+A warpgroup that waits blocks one of XLA's threads, of which there are as many as cores: two warpgroups are safe on a
+machine of two cores, three hang there unless the environment variable NPROC, read when JAX starts, asks for more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
-from pjengine.pallas_kernels import flash, mosaic_common
+from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
 from pjengine.pallas_kernels.packed import mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 
@@ -60,11 +61,11 @@ def _run_scoped(body: Callable[..., Any], *accumulators: Any, **scratch: Any) ->
     return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in accumulators))
 
 
-def _run_state(body: Callable[[Any], None]) -> Callable[[jax.Array], jax.Array]:
-    def run(value: jax.Array) -> jax.Array:
-        acc = _Accumulator(value)
-        body(acc)
-        return acc.value
+def _run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def run(values: Any) -> Any:
+        accumulators = jax.tree.map(_Accumulator, values)
+        body(accumulators)
+        return jax.tree.map(lambda acc: acc.value, accumulators)
 
     return run
 
@@ -118,6 +119,18 @@ def _store_tile(smem: Any, ref: Any, values: jax.Array, begin: jax.Array, end: j
 def _mask_scores(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     return jnp.where((column >= low[:, None]) & (column < high[:, None]), scores, -jnp.inf)
+
+
+def _store_staged_rows(staged: Any, ref: Any, begin: jax.Array, end: jax.Array, row_stride: int) -> None:
+    _store_rows(ref, staged[...], begin, end)
+
+
+def _add_parts(total: jax.Array, values: jax.Array) -> jax.Array:
+    return total + values.reshape(values.shape[0], -1, total.shape[1]).sum(1)
+
+
+def _rescale_if_needed(tile: jax.Array, factors: jax.Array) -> jax.Array:
+    return tile * factors[:, None]
 
 
 def _scaled_exp2(x: jax.Array, scale: Any, shift: jax.Array, dimension: int) -> jax.Array:
@@ -177,6 +190,10 @@ _SHARED = {
     "store_rows": _store_rows,
     "store_tile": _store_tile,
     "mask_scores": _mask_scores,
+    "store_staged_rows": _store_staged_rows,
+    "add_parts": _add_parts,
+    "rescale_if_needed": _rescale_if_needed,
+    "widen_with_zeros": lambda tile, columns: jnp.pad(tile, ((0, 0), (0, columns - tile.shape[1]))),
     "scaled_exp2": _scaled_exp2,
     "clear_rows_from": _clear_rows_from,
     "clear_memory": _clear_memory,
@@ -209,12 +226,14 @@ def interpreted() -> Iterator[None]:
             **vars(plgpu),
             "ACC": _Acc,
             "wgmma": _wgmma,
+            "wgmma_accumulator_load": lambda acc, wait_n=0: acc[...],
             "layout_cast": lambda x, layout: x,
             "broadcasted_iota": lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
         }
     )
     with contextlib.ExitStack() as stack:
-        for module in (flash, mosaic_common, mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short, tiles):
+        kernels = (mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short)
+        for module in (flash, flash_joint, mosaic_common, tiles, *kernels):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -95,3 +98,11 @@ def test_packed_short(options: dict[str, Any]) -> None:
     expected = reference((qkv.astype(jnp.float32),), jnp.asarray(starts), None, spec=spec, scale=0.3)
     assert np.isfinite(out).all()
     assert relative_error(out[:real], np.asarray(expected)[:real]) < 1e-2
+
+
+def test_prefill() -> None:
+    """In a process of its own: three warpgroups wait at once, and XLA has a thread for each where NPROC says so."""
+    environment = {**os.environ, "NPROC": "8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted_prefill"], env=environment, check=True, timeout=300
+    )

@@ -1,7 +1,8 @@
 """Ragged paged prefill on Hopper: FlashAttention over a device work list of query tiles, in Pallas Mosaic GPU.
 
-One warpgroup copies, and widens a float8 cache; two compute 64 queries each (see `flash`). The grid is persistent;
-tiles are dealt out longest first, in alternating direction, which evens out causal work without atomics.
+One warpgroup copies, and widens a float8 cache; two compute 64 queries each (see `flash_joint`), from the last block of
+keys to the first. The grid is persistent; tiles are dealt out longest first, in alternating direction, which evens out
+causal work without atomics.
 """
 
 from __future__ import annotations
@@ -17,29 +18,20 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.flash import (
-    COMPUTE_WARPGROUPS,
-    TILE,
-    Ring,
-    State,
-    attend_block,
-    finish,
-    initial_state,
-    ring_scratch,
-    take_turn,
-)
+from pjengine.pallas_kernels.flash import COMPUTE_WARPGROUPS, TILE, Ring, finish, ring_scratch
+from pjengine.pallas_kernels.flash_joint import Mask, Scores, State, Turns, first_block, last_values, next_block
 from pjengine.pallas_kernels.masking import first_visible, visible
 from pjengine.pallas_kernels.mosaic_common import (
     LOG2E,
     TILE_ROWS,
     clear_memory,
     launch,
-    store_rows,
     tile_iota,
     tiled_smem,
 )
 from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources, page_numbers, page_tokens
 from pjengine.pallas_kernels.paged.widen import widen_block
+from pjengine.pallas_kernels.row_store import store_staged_rows
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 
@@ -49,7 +41,7 @@ class PrefillConfig:
 
     Attributes:
       block: KV tokens per step, a multiple of 64.
-      stages: blocks of K, and of V, in flight; query_stages: tiles of queries.
+      stages: blocks of K, and of V, in flight, at least 2; query_stages: tiles of queries.
       sms: streaming multiprocessors of the device.
     """
 
@@ -131,6 +123,8 @@ def paged_prefill(
         float32 [kv_heads] where spec.kv_scales; others as in `paged_attention`.
     Returns: q's shape.
     """
+    if config.stages < 2:
+        raise ValueError(f"stages: a block is waited for before the one before it is free, got {config.stages}")
     head_dim = spec.head_dim
     copies = config.block // _copy_size(spec, config)
     widens = k_pages.dtype != q.dtype
@@ -156,7 +150,7 @@ def paged_prefill(
             q_smem=tiled_smem((config.query_stages, COMPUTE_WARPGROUPS, TILE_ROWS, head_dim), q.dtype),
             q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.query_stages),
             q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.query_stages),
-            **({"turns": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)} if config.query_stages > 1 else {}),
+            turn_barriers=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
             **narrow,
             **ring_scratch(config.stages, config.block, head_dim, q.dtype, ring_copies),
         ),
@@ -188,7 +182,7 @@ def _prefill_kernel(
     q_smem: Any,
     q_full: Any,
     q_free: Any,
-    turns: Any = None,
+    turn_barriers: Any,
     k_narrow: Any = None,
     v_narrow: Any = None,
     k_narrow_full: Any = None,
@@ -221,8 +215,8 @@ def _prefill_kernel(
             head, token, begin, end, position, row, length = entry
             lowest = first_visible(jnp.maximum(position, 0), window=spec.window, chunk=spec.chunk)
             first = lax.div(lowest, block)
-            # A row without KV tokens has no blocks.
-            blocks = jnp.maximum(lax.div(position + end + (config.block - 1), block) - first, 0)
+            # A row without KV tokens has one block, of which its queries see nothing.
+            blocks = jnp.maximum(lax.div(position + end + (config.block - 1), block) - first, 1)
             item = _Item(lap, step, head, row, token, begin, end, position, length, first, blocks)
             body(item)
             return lap + 1, step + blocks, following
@@ -247,9 +241,10 @@ def _prefill_kernel(
             kv_head = lax.div(item.head, jnp.int32(spec.group))
 
             def sources(i: jax.Array) -> Any:
-                sizes = {"page_size": page_tokens(spec), "block": config.block}
-                pages = page_numbers(tables_ref, item.row * table_width, item.first + i, **sizes)
-                return copy_sources(pages, item.first + i, size=_copy_size(spec, config), **sizes)
+                """From the last block to the first: what the masks cut short comes first."""
+                block, sizes = item.first + item.blocks - 1 - i, {"page_size": page_tokens(spec), "block": config.block}
+                pages = page_numbers(tables_ref, item.row * table_width, block, **sizes)
+                return copy_sources(pages, block, size=_copy_size(spec, config), **sizes)
 
             if k_narrow is None:
 
@@ -270,10 +265,8 @@ def _prefill_kernel(
                 ref, smem, full = narrow[name]
                 copy_block(ref, sources(i), kv_head, smem, full)
 
-            @pl.when(item.blocks > 0)
-            def _() -> None:
-                start("k", jnp.int32(0))
-                start("v", jnp.int32(0))
+            start("k", jnp.int32(0))
+            start("v", jnp.int32(0))
 
             @pl.loop(0, item.blocks)
             def _(i: jax.Array) -> None:
@@ -290,13 +283,15 @@ def _prefill_kernel(
         for_each_item(process)
         heads_bytes = spec.heads * spec.head_dim * out_ref.dtype.itemsize
 
-        @pl.loop(0, pl.cdiv(out_ref.shape[0], config.sms))
+        unowned = tokens_ref[0] + sm
+
+        @pl.loop(0, lax.div(out_ref.shape[0] - unowned + (config.sms - 1), jnp.int32(config.sms)))
         def _(lap: jax.Array) -> None:
-            token = tokens_ref[0] + lap * config.sms + sm
-            pl.when(token < out_ref.shape[0])(lambda: clear_memory(out_ref.at[token], heads_bytes))
+            clear_memory(out_ref.at[unowned + lap * config.sms], heads_bytes)
 
     @pl.when(wg < COMPUTE_WARPGROUPS)
     def _compute() -> None:
+        turns = Turns(turn_barriers, wg)
         plgpu.set_max_registers(232 if k_narrow is None else 216, action="increase")
 
         def process(item: _Item) -> None:
@@ -306,39 +301,53 @@ def _prefill_kernel(
             own = item.position + wg * TILE_ROWS  # position of this warpgroup's first query
             plgpu.barrier_wait(q_full.at[q_slot])
 
-            def attend(i: jax.Array, state: State, masked: bool) -> State:
-                first_key = (item.first + i) * config.block
+            scores = Scores(score_scale, spec.soft_cap)
+            queries = q_smem.at[q_slot, wg]
 
+            def first_key(i: jax.Array) -> jax.Array:
+                return (item.first + item.blocks - 1 - i) * config.block
+
+            def mask_of(i: jax.Array) -> Mask:
                 def mask(shape: tuple[int, ...]) -> jax.Array:
-                    queries, keys = (x + tile_iota((shape[0], shape[1]), d) for d, x in enumerate((own, first_key)))
-                    return visible(queries, keys, causal=True, window=spec.window, chunk=spec.chunk)
+                    positions, keys = (
+                        x + tile_iota((shape[0], shape[1]), d) for d, x in enumerate((own, first_key(i)))
+                    )
+                    return visible(positions, keys, causal=True, window=spec.window, chunk=spec.chunk)
 
-                return attend_block(
-                    q_smem.at[q_slot, wg],
-                    ring,
-                    turns,
-                    item.step + i,
-                    state,
-                    scale=score_scale,
-                    soft_cap=spec.soft_cap,
-                    mask=mask if masked else None,
-                    tokens=item.length - first_key if masked else None,
-                )
+                return mask
 
-            state = initial_state(spec.head_dim)
-            unmasked = lax.div(own + 1, block) - item.first  # leading blocks that every query sees whole
+            def attend(i: jax.Array, state: State, masked: bool) -> State:
+                return next_block(queries, ring, turns, item.step + i, state, scores, mask_of(i) if masked else None)
+
+            whole = lax.div(own + 1, block) - item.first  # leading blocks that every query sees whole
             if spec.window is not None or spec.chunk is not None:
-                unmasked = jnp.int32(0)
-            unmasked = jnp.clip(unmasked, 0, item.blocks)
-            state = lax.fori_loop(0, unmasked, functools.partial(attend, masked=False), state)
-            state = lax.fori_loop(unmasked, item.blocks, functools.partial(attend, masked=True), state)
-            plgpu.barrier_arrive(q_free.at[q_slot])
-            acc, total = finish(state, sinks_ref[item.head] * LOG2E if spec.sinks else None)
+                whole = jnp.int32(0)
+            masked = item.blocks - jnp.clip(whole, 0, item.blocks - 1)
+            start = first_key(jnp.int32(0))
+            half = own + TILE_ROWS <= start + config.block // 2 if config.block > TILE_ROWS else None
+            state = first_block(
+                queries,
+                ring,
+                turns,
+                item.step,
+                scores,
+                mask_of(jnp.int32(0)),
+                half,
+                item.length - start,
+                spec.head_dim,
+            )
+            state = lax.fori_loop(1, masked, functools.partial(attend, masked=True), state)
+            state = lax.fori_loop(masked, item.blocks, functools.partial(attend, masked=False), state)
+            result = last_values(ring, turns, item.step + item.blocks - 1, state)
+            acc, total = finish(result, sinks_ref[item.head] * LOG2E if spec.sinks else None)
             factor = v_scale_ref[kv_head] / total if spec.kv_scales else 1 / total
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
-            target = out_ref.at[pl.ds(item.token + wg * TILE_ROWS, TILE_ROWS), item.head]
-            store_rows(target, acc.astype(out_ref.dtype), item.begin - wg * TILE_ROWS, item.end - wg * TILE_ROWS)
+            queries[...] = acc.astype(out_ref.dtype)  # their place is free now
+            plgpu.commit_smem()
+            skipped = wg * TILE_ROWS
+            target = out_ref.at[pl.ds(item.token + skipped, TILE_ROWS), item.head]
+            store_staged_rows(queries, target, item.begin - skipped, item.end - skipped, spec.heads * spec.head_dim)
+            plgpu.barrier_arrive(q_free.at[q_slot])
 
-        pl.when(wg == 1)(functools.partial(take_turn, turns))
+        pl.when(wg == 1)(turns.hand_over)  # the first turn is the other's
         for_each_item(process)
-        pl.when(wg == 0)(functools.partial(take_turn, turns))
