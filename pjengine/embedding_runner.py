@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.executables import ExecutableStore, compile_all
+from pjengine.executables import CUBLAS, IN_LINE, ExecutableStore, compile_all
 from pjengine.models import heads
 from pjengine.models.heads import Head
 from pjengine.request import Request
@@ -120,7 +120,7 @@ class EmbeddingRunner:
             "batches",
             store,
             progress,
-            options=lambda bucket: _compiler_options(gpu, cublas(bucket)),
+            options=lambda bucket: CUBLAS if cublas(bucket) else IN_LINE if gpu else {},
         )
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)
@@ -171,14 +171,6 @@ class EmbeddingRunner:
             return time.perf_counter() - started
 
         return measure_curve(rows, timed)
-
-
-def _compiler_options(gpu: bool, cublas: bool) -> dict[str, Any]:
-    """XLA's options: a CUDA graph whose kernels stand in line, which takes the host less time to launch than one with
-    branches, and cuBLAS for all products.
-    """
-    options: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"} if gpu else {}
-    return options | ({"xla_gpu_enable_triton_gemm": False} if cublas else {})
 
 
 def _layout(bucket: Bucket, token_types: bool) -> Layout:

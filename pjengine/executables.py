@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 
+# Options of XLA. The kernels of a CUDA graph stand in line: one with branches takes the host longer to launch.
+IN_LINE: Mapping[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+CUBLAS: Mapping[str, Any] = {**IN_LINE, "xla_gpu_enable_triton_gemm": False}  # it takes all products
 _COMPILE_STACK = 64 << 20  # bytes; XLA recurses deeply over unrolled layers
 
 
@@ -367,7 +370,7 @@ def compile_all(
     what: str,
     store: ExecutableStore,
     progress: bool = True,
-    options: Callable[[K], dict[str, Any]] = lambda key: {},
+    options: Callable[[K], Mapping[str, Any]] = lambda key: {},
 ) -> dict[K, Any]:
     """Loads or compiles every entry.
 

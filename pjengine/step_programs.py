@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.batch import Bucket, Layout, forward_layout, init_tables, unpack_forward
-from pjengine.executables import Executables, Work
+from pjengine.executables import CUBLAS, Executables, Work
 from pjengine.logprobs import Logprobs, compute_logprobs
 from pjengine.sampler import SamplerState, init_state, sample
 from pjengine.samplers import sampler_works
@@ -134,12 +134,12 @@ class StepPrograms:
         return arguments, (0, None if bucket.decode else 0, self.cache, self._tables)
 
 
-def compiler_options(bucket: Bucket) -> dict[str, Any]:
+def compiler_options(bucket: Bucket) -> Mapping[str, Any]:
     """XLA's options for a bucket. With some tens to hundreds of rows XLA prefers Triton products that leave several
     float32 sums for another kernel to add; cuBLAS's are faster than the two together (docs/decisions.md), nothing
     has to be compiled to time them, and theirs take residuals into their epilogues.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if bucket.tokens > 32 else {}
+    return CUBLAS if bucket.tokens > 32 else {}
 
 
 def forward_function(module: ModuleType, config: Any, shape: RunnerShape) -> Any:
