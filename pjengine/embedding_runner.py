@@ -120,7 +120,7 @@ class EmbeddingRunner:
             "batches",
             store,
             progress,
-            options=lambda bucket: CUBLAS if cublas(bucket) else IN_LINE if gpu else {},
+            options=lambda bucket: {**IN_LINE, **(CUBLAS if cublas(bucket) else {})} if gpu else {},
         )
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)

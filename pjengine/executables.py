@@ -13,6 +13,7 @@ import pickle
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -33,7 +34,7 @@ K = TypeVar("K", bound=Hashable)
 
 # Options of XLA. The kernels of a CUDA graph stand in line: one with branches takes the host longer to launch.
 IN_LINE: Mapping[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
-CUBLAS: Mapping[str, Any] = {**IN_LINE, "xla_gpu_enable_triton_gemm": False}  # it takes all products
+CUBLAS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}  # takes all products
 _COMPILE_STACK = 64 << 20  # bytes; XLA recurses deeply over unrolled layers
 
 
@@ -68,14 +69,15 @@ class Work:
       key: of the executable, unique over all works.
       lower: traces and lowers it: returns a `jax.stages.Lowered`.
       options: of XLA's compiler, beside its defaults.
-      kernels: it may hold Mosaic kernels.
+      wave: of a program that may hold Mosaic kernels: a wave is compiled once the kernels of all its works are, and
+        waves come one after the other. None: it holds none, and comes after them.
     """
 
     what: str
     key: Hashable
     lower: Callable[[], Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    kernels: bool = False
+    wave: int | None = None
 
 
 class Executables(Protocol):
@@ -176,15 +178,15 @@ class Compilation:
     """Executables on their way: loaded from the store, or compiled in parallel threads, in the order of the works.
 
     Loading, tracing and lowering start at once. Compiling waits for `begin`: XLA tries kernels out in the device's
-    memory, which would leave holes between arrays that are put there meanwhile. Programs with Mosaic kernels come last:
-    when all are lowered, first their kernels are compiled, then they (`kernel_programs` says why).
+    memory, which would leave holes between arrays that are put there meanwhile. Mosaic kernels are compiled before the
+    programs that hold them, a wave at a time: neither gets on while the other is compiled (`kernel_programs`).
     """
 
     def __init__(self, works: Iterable[Work], store: ExecutableStore, progress: bool = True):
         mosaic = current_target().compute_capability == 90
         self._works: dict[Hashable, Work] = {}
         for work in works:
-            self._works.setdefault(work.key, work if mosaic else dataclasses.replace(work, kernels=False))
+            self._works.setdefault(work.key, work if mosaic else dataclasses.replace(work, wave=None))
         self._store = store
         self._futures: dict[Hashable, Future[Executable]] = {key: Future() for key in self._works}
         self._begun: set[Hashable] = set()
@@ -192,7 +194,7 @@ class Compilation:
         self._kernels: dict[Hashable, list[Kernel]] = {}  # of these
         self._compiling: set[Hashable] = set()
         self._kernels_known: set[bytes] = set()
-        self._kernels_running = 0
+        self._kernels_running: Counter[int | None] = Counter()  # by wave
         self._lock = threading.Lock()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._kept = 0
@@ -269,7 +271,7 @@ class Compilation:
         started = time.monotonic()
         try:
             lowered = work.lower()
-            kernels = kernels_of(lowered) if work.kernels else []
+            kernels = kernels_of(lowered) if work.wave is not None else []
         except Exception as error:
             self._end(work.key, error)
             with self._lock:
@@ -283,25 +285,23 @@ class Compilation:
 
     def _advance(self) -> None:
         """Hands on what may be compiled now. Called under the lock."""
-        coming = [k for k in self._works if k in self._begun - self._compiling and not self._futures[k].done()]
-        self._submit([key for key in coming if key in self._lowered and not self._works[key].kernels])
-        last = [key for key in coming if self._works[key].kernels]
-        if not all(key in self._lowered for key in last):
-            return
-        for kernel in (kernel for key in last for kernel in self._kernels.pop(key, ())):
-            if kernel.digest not in self._kernels_known:
-                self._kernels_known.add(kernel.digest)
-                self._kernels_running += 1
-                self._tasks.put(functools.partial(self._compile_kernel, kernel))
-        if not self._kernels_running:
-            self._submit(last)
+        coming = {k: self._works[k] for k in self._begun - self._compiling if not self._futures[k].done()}
+        waves: list[int | None] = [*sorted({work.wave for work in coming.values() if work.wave is not None}), None]
+        for wave in waves:
+            keys = [key for key, work in self._works.items() if key in coming and work.wave == wave]
+            lowered = [key for key in keys if key in self._lowered]
+            for kernel in (kernel for key in lowered for kernel in self._kernels.pop(key, ())):
+                if kernel.digest not in self._kernels_known:
+                    self._kernels_known.add(kernel.digest)
+                    self._kernels_running[wave] += 1
+                    self._tasks.put(functools.partial(self._compile_kernel, kernel, wave))
+            if self._kernels_running[wave] or (wave is not None and len(lowered) < len(keys)):
+                return
+            for key in lowered:
+                self._compiling.add(key)
+                self._tasks.put(functools.partial(self._compile, key, self._lowered.pop(key)))
 
-    def _submit(self, keys: Iterable[Hashable]) -> None:
-        for key in keys:
-            self._compiling.add(key)
-            self._tasks.put(functools.partial(self._compile, key, self._lowered.pop(key)))
-
-    def _compile_kernel(self, kernel: Kernel) -> None:
+    def _compile_kernel(self, kernel: Kernel, wave: int | None) -> None:
         started = time.monotonic()
         try:
             kernel.compile()
@@ -309,7 +309,7 @@ class Compilation:
             logger.warning("a kernel cannot be compiled alone (%s)", error)
         logger.debug("kernel %s compiled in %.2f s", kernel, time.monotonic() - started)
         with self._lock:
-            self._kernels_running -= 1
+            self._kernels_running[wave] -= 1
             self._advance()
 
     def _compile(self, key: Hashable, lowered: Any) -> None:
@@ -380,7 +380,7 @@ def compile_all(
       options: of XLA's compiler, beside its defaults.
     Returns: key -> `jax.stages.Compiled`.
     """
-    works = [Work(what, key, lower, options(key), kernels=True) for key, lower in lowerings.items()]
+    works = [Work(what, key, lower, options(key), wave=0) for key, lower in lowerings.items()]
     compilation = Compilation(works, store, progress)
     compilation.begin()
     compilation.wait()

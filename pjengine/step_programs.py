@@ -98,22 +98,23 @@ class StepPrograms:
 
     def works(self, bucket: Bucket) -> list[Work]:
         """The executables that a step in this bucket may need, the forward pass first."""
-        lower = functools.partial(self.lower_forward, bucket)
+        options = compiler_options(bucket)
+        wave = 1 if options else 0  # Triton's products take longest: XLA compiles many to time them
         return [
-            Work("forward steps", bucket, lower, compiler_options(bucket), kernels=True),
+            Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), options, wave),
             *sampler_works(bucket.rows, self.shape.vocab_size, self.lower_sampler),
         ]
 
     def all_works(self, count: int | None = None) -> list[Work]:
         """Those of the first `count` buckets (None: all), of which two can run any step.
 
-        In the order in which they are lowered: samplers first, which are compiled while forward steps are lowered.
+        In the order in which they are lowered: forward steps first, as nothing else takes as long to lower and compile.
         """
         mixed = sorted((b for b in self.shape.buckets if not b.decode), reverse=True)
         decode = sorted((b for b in self.shape.buckets if b.decode), reverse=True)
         wanted = [*mixed[:1], *decode[:1], *mixed[1:], *decode[1:]][:count]
         works = {work.key: work for bucket in wanted for work in self.works(bucket)}.values()
-        return sorted(works, key=lambda work: work.kernels)
+        return sorted(works, key=lambda work: (work.wave is None, work.wave or 0))
 
     def needed(self, bucket: Bucket, executables: Executables) -> int:
         """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments."""

@@ -90,13 +90,15 @@ def test_after_cancel_nothing_is_compiled() -> None:
     assert made.get("a") is None
 
 
-def test_kernels_come_before_the_programs_that_hold_them_and_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA's compiler and Mosaic's do not get on while the other works, so they take turns."""
+def test_kernels_come_before_the_programs_that_hold_them_a_wave_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither compiler gets on while the other works, so they take turns."""
     store = open_store("", ())
     events: list[str] = []
+    held = threading.Event()
 
     class FakeKernel(Kernel):
         def compile(self) -> None:
+            assert held.wait(20)
             events.append(self.digest.decode())
 
     class Program(Slow):
@@ -110,28 +112,21 @@ def test_kernels_come_before_the_programs_that_hold_them_and_after_all_others(mo
         executables, "kernels_of", lambda lowered: [FakeKernel(digest, {}) for digest in kernels[lowered.name]]
     )
     programs = {name: Program(name) for name in kernels}
-    for name in ("early", "early too", "none"):
-        programs[name].go.set()
-    lowered = threading.Event()
-
-    def lower_late() -> Any:
-        assert lowered.wait(20)
-        return programs["late"].lower()
-
-    lowers = {name: program.lower for name, program in programs.items()} | {"late": lower_late}
-    order = ["none", "early", "early too", "late"]
-    made = Compilation([Work("test", name, lowers[name], kernels=name != "none") for name in order], store, False)
+    for program in programs.values():
+        program.go.set()
+    waves = {"late": 1, "early": 0, "early too": 0, "none": None}
+    made = Compilation([Work("test", name, programs[name].lower, wave=waves[name]) for name in kernels], store, False)
     made.begin()
-    made.wait(["none"])
-    assert events == ["none"]
-    programs["late"].go.set()
-    lowered.set()
+    assert not made.finished
+    assert events == []
+    held.set()
     made.wait()
-    assert sorted(events[1:4]) == ["k1", "k2", "k3"]
-    assert sorted(events[4:]) == ["early", "early too", "late"]
+    assert sorted(events[:2]) == ["k1", "k3"]
+    assert sorted(events) == ["early", "early too", "k1", "k2", "k3", "late", "none"]
+    assert events.index("k2") < events.index("late")
 
 
-def test_a_program_that_cannot_be_lowered_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_cannot_be_lowered_holds_up_no_wave(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Any:
         raise ValueError("no such shape")
 
@@ -140,8 +135,7 @@ def test_a_program_that_cannot_be_lowered_holds_up_no_other(monkeypatch: pytest.
     monkeypatch.setattr(executables, "kernels_of", lambda lowered: [])
     good = Slow("good")
     good.go.set()
-    works = [Work("test", "bad", refuse, kernels=True), Work("test", "good", good.lower, kernels=True)]
-    made = Compilation(works, store, False)
+    made = Compilation([Work("test", "bad", refuse, wave=0), Work("test", "good", good.lower, wave=1)], store, False)
     made.begin()
     made.wait(["good"])
     with pytest.raises(ValueError, match="no such shape"):
