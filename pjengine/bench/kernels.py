@@ -22,7 +22,7 @@ import numpy as np
 
 from pjengine.bench import report, roofline
 from pjengine.errors import KernelUnavailable
-from pjengine.pallas_kernels import describe_backends, packed_attention, paged_attention, rope_write_kv
+from pjengine.pallas_kernels import describe_backends, packed_attention, paged_attention, rope_write_kv_qkv
 
 DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
 L2_BYTES = 200_000_000  # caches of a case exceed this together: three times an H200's L2
@@ -246,28 +246,28 @@ def _cudnn_seconds(batch: int, length: int, heads: Heads, *, causal: bool) -> fl
     )
 
 
+def write_chain(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, k_pages: jax.Array, v_pages: jax.Array, slots: jax.Array
+) -> tuple[jax.Array, ...]:
+    """CALLS writes one after the other: each goes on with the pages of the one before."""
+    for _ in range(CALLS):
+        q, k_pages, v_pages = rope_write_kv_qkv(qkv, cos, sin, k_pages, v_pages, slots)
+    return q, k_pages, v_pages
+
+
 def _write_row(tokens: int, ceiling: roofline.Roofline, heads: Heads = LLAMA_8B, page: int = 64) -> dict[str, Any]:
-    q, k, v = (_random(i, tokens, n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv)))
     pages = tokens // page + 64
     order = np.random.default_rng(0).permutation(np.arange(page, pages * page))
     slots = jnp.asarray(order[:tokens] if tokens < 256 else np.arange(page, page + tokens), jnp.int32)
     angles = jnp.linspace(0, 6, tokens * heads.dim // 2).reshape(tokens, -1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    qkv, cos, sin = _random(0, tokens, heads.query + 2 * heads.kv, heads.dim), jnp.cos(angles), jnp.sin(angles)
     caches = [(_random(8, pages, heads.kv, page, heads.dim), _random(9, pages, heads.kv, page, heads.dim))]
+    run = jax.jit(write_chain, donate_argnums=(3, 4))
 
-    def chain(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> tuple[jax.Array, ...]:
-        for _ in range(CALLS):
-            # k follows from q, as the calls must follow one another; one read of k more than the op's own.
-            q, k_pages, v_pages = rope_write_kv(q, k + q[:, :1], v, cos, sin, k_pages, v_pages, slots)
-        return q, k_pages, v_pages
-
-    run = jax.jit(chain, donate_argnums=(1, 2))
-
-    def step(q: jax.Array) -> jax.Array:
-        result, *pools = run(q, *caches.pop())
+    def step() -> jax.Array:
+        result, *pools = run(qkv, cos, sin, *caches.pop(), slots)
         caches.append((pools[0], pools[1]))
         return result
 
-    seconds = _seconds(step, q)
     nbytes = (2 * heads.query + 4 * heads.kv) * heads.dim * tokens * jnp.dtype(DTYPE).itemsize
-    return _row("rope_write_kv", f"{tokens} tokens", seconds, ceiling, nbytes=nbytes)
+    return _row("rope_write_kv", f"{tokens} tokens", _seconds(step), ceiling, nbytes=nbytes)
