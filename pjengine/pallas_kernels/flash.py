@@ -1,7 +1,7 @@
-"""The inner step that the prefill and packed attention kernels share: one KV block for one warpgroup's 64 queries.
+"""What the prefill kernel and the packed one for long sequences share: KV blocks in flight, the softmax and its end.
 
-FlashAttention-3's schedule (Shah et al. 2024, arXiv:2407.08608): two warpgroups take turns on the tensor cores, so that
-one's softmax hides behind the other's products.
+Both follow FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): two warpgroups of 64 queries each take turns at the
+tensor cores, so that one's softmax hides behind the other's products.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.masking import cap_scores
-from pjengine.pallas_kernels.mosaic_common import LOG2E, MASKED, TILE_ROWS, clear_rows_from, column, tile, tiled_smem
+from pjengine.pallas_kernels.mosaic_common import MASKED, TILE_ROWS, column, tile, tiled_smem
 
 COMPUTE_WARPGROUPS = 2
 TILE = COMPUTE_WARPGROUPS * TILE_ROWS  # queries per work item
@@ -93,64 +92,7 @@ def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.
     return acc, jnp.where(total == 0, 1.0, total)  # a query that sees nothing
 
 
-def take_turn(turns: Any | None) -> None:
-    """Hands the tensor cores to the other warpgroup and waits to get them back; nothing where turns is None."""
-    if turns is not None:
-        plgpu.barrier_arrive(turns)
-        plgpu.barrier_wait(turns)
-
-
-def attend_block(
-    q: Any,
-    ring: Ring,
-    turns: Any | None,
-    step: jax.Array,
-    state: State,
-    *,
-    scale: float | jax.Array,
-    soft_cap: float | None,
-    mask: Callable[[tuple[int, ...]], jax.Array] | None = None,
-    tokens: jax.Array | None = None,
-) -> State:
-    """One step of the online softmax.
-
-    Args:
-      q: shared memory [64, head_dim].
-      turns: barrier of the turns at the tensor cores, or None: none are taken. One warpgroup's last turn with a tile
-        ends with the other's first with the next: both tiles of queries must have room.
-      step: number of the block since the kernel began.
-      mask: called with the scores' shape; True where a query sees a key. None: everywhere.
-      tokens: with a mask, how many leading tokens of the block exist; what stands in the others may be NaN.
-    """
-    acc, top, total = state
-    slot = lax.rem(step, jnp.int32(ring.stages))
-    plgpu.barrier_wait(ring.k_full.at[slot])
-
-    def scores(acc_ref: Any) -> jax.Array:
-        plgpu.wgmma(acc_ref, q, ring.k.at[slot].transpose((1, 0)))
-        take_turn(turns)
-        return acc_ref[...]
-
-    qk = pl.run_scoped(scores, plgpu.ACC((TILE_ROWS, ring.k.shape[1]), jnp.float32))
-    plgpu.barrier_arrive(ring.k_free.at[slot])
-    qk = qk * (scale * LOG2E) if soft_cap is None else cap_scores(qk * scale, soft_cap) * LOG2E
-    if mask is not None:
-        qk = jnp.where(mask(qk.shape), qk, -jnp.inf)
-    new_top = jnp.maximum(top, qk.max(axis=1))
-    rescale = jnp.exp2(top - new_top)
-    weights = jnp.exp2(qk - lax.broadcast_in_dim(new_top, qk.shape, [0]))
-    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-    total = total * rescale + weights.sum(axis=1)
-    weights = weights.astype(ring.v.dtype)
-    acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-    if turns is not None:
-        plgpu.barrier_arrive(turns)
-    plgpu.barrier_wait(ring.v_full.at[slot])
-    if tokens is not None:
-        # Both warpgroups clear, each before it reads: they write equal bytes.
-        clear_rows_from(ring.v.at[slot], tokens)
-    if turns is not None:
-        plgpu.barrier_wait(turns)
-    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, ring.v.at[slot]))(plgpu.ACC.init(acc))
-    plgpu.barrier_arrive(ring.v_free.at[slot])
-    return acc, new_top, total
+def take_turn(turns: Any) -> None:
+    """Hands the tensor cores to the other warpgroup and waits to get them back."""
+    plgpu.barrier_arrive(turns)
+    plgpu.barrier_wait(turns)

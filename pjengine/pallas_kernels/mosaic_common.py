@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: tiles in shared memory, stores of some rows of a register tile, constants.
+"""What the Mosaic GPU kernels share: tiles in shared memory, loads, stores and clearing, constants.
 
 Lane semantics throughout: every layout in the kernels is explicit, none is inferred.
 """
@@ -96,28 +96,6 @@ def load_whole(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     """All of a reference, in registers. JAX 0.10 wants an index that later versions warn about."""
     takes_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
     return plgpu.load(ref, *([()] if takes_index else []), layout=layout, optimized=optimized)
-
-
-def store_rows(ref: Any, values: jax.Array, begin: jax.Array, end: jax.Array) -> None:
-    """Writes the rows [begin, end) of a wgmma tile straight from registers to global memory.
-
-    Args:
-      ref: GMEM reference [n, columns]; row i of the tile goes to ref[i].
-      values: [64 * m, columns] in Layout.WGMMA, of ref's dtype.
-      begin, end: int32 scalars, end <= n.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
-    def store(ctx: Any, ref: Any, values: Any, begin: Any, end: Any) -> None:
-        low, high = (arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in (begin, end))
-        indices = values.layout.thread_idxs(values.shape)
-        for index, register in zip(indices, values.registers.flat, strict=True):
-            above = arith.cmpi(arith.CmpIPredicate.sge, index[0], low)
-            below = arith.cmpi(arith.CmpIPredicate.slt, index[0], high)
-            with mgpu_utils.when(arith.andi(above, below)):
-                vector.store(register, ref, list(index))
-
-    store(ref, values, begin, end)
 
 
 def store_prefix(ref: Any, values: jax.Array, layout: Any, size: int) -> None:

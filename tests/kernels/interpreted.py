@@ -187,7 +187,6 @@ _SHARED = {
     "column": lambda value, rows=64: jnp.full((rows,), value, jnp.float32),
     "tile_iota": lambda shape, dimension: lax.broadcasted_iota(jnp.int32, shape, dimension),
     "load_whole": lambda ref, layout, optimized=True: ref[...],
-    "store_rows": _store_rows,
     "store_tile": _store_tile,
     "mask_scores": _mask_scores,
     "store_staged_rows": _store_staged_rows,
