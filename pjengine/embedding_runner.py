@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.executables import CUBLAS, IN_LINE, ExecutableStore, compile_all
+from pjengine.compilation import CUBLAS, IN_LINE, compile_all
+from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
 from pjengine.request import Request

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.batch import Bucket
+from pjengine.compilation import Compilation
 from pjengine.config import EngineConfig
 from pjengine.cuda_driver import total_memory
 from pjengine.device_cache import cache_shapes
@@ -22,7 +23,7 @@ from pjengine.embedding_runner import EmbeddingRunner, embedding_buckets
 from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import OutOfMemory
-from pjengine.executables import Compilation, ExecutableStore, open_store, use_compile_cache
+from pjengine.executables import ExecutableStore, open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjengine.executables import Executable, Executables, ExecutableStore, Work
+from pjengine.compilation import Work
+from pjengine.executables import Executable, Executables, ExecutableStore
 from pjengine.logprobs import compute_logprobs
 from pjengine.sampler import Variant
 from pjengine.sampling_batch import SamplerKey

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.batch import Bucket, Layout, forward_layout, init_tables, unpack_forward
-from pjengine.executables import CUBLAS, Executables, Work
+from pjengine.compilation import CUBLAS, Work
+from pjengine.executables import Executables
 from pjengine.logprobs import Logprobs, compute_logprobs
 from pjengine.sampler import SamplerState, init_state, sample
 from pjengine.samplers import sampler_works

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pjengine import executables
+from pjengine import compilation as compiling
 from pjengine.batch import Bucket
+from pjengine.compilation import Compilation, Work
 from pjengine.config import EngineConfig
 from pjengine.engine import Engine
 from pjengine.errors import ConfigError, OutOfMemory
-from pjengine.executables import Compilation, Work, open_store
+from pjengine.executables import open_store
 from pjengine.factory import make_engine
 from pjengine.model_runner import ModelRunner
 from pjengine.pallas_kernels.backends import Target
@@ -107,9 +108,9 @@ def test_kernels_come_before_the_programs_that_hold_them_a_wave_at_a_time(monkey
             return super().compile(compiler_options)
 
     kernels = {"late": [b"k2", b"k1"], "early": [b"k1"], "early too": [b"k1", b"k3"], "none": [b"unseen"]}
-    monkeypatch.setattr(executables, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
+    monkeypatch.setattr(compiling, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
     monkeypatch.setattr(
-        executables, "kernels_of", lambda lowered: [FakeKernel(digest, {}) for digest in kernels[lowered.name]]
+        compiling, "kernels_of", lambda lowered: [FakeKernel(digest, {}) for digest in kernels[lowered.name]]
     )
     programs = {name: Program(name) for name in kernels}
     for program in programs.values():
@@ -131,8 +132,8 @@ def test_a_program_that_cannot_be_lowered_holds_up_no_wave(monkeypatch: pytest.M
         raise ValueError("no such shape")
 
     store = open_store("", ())
-    monkeypatch.setattr(executables, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
-    monkeypatch.setattr(executables, "kernels_of", lambda lowered: [])
+    monkeypatch.setattr(compiling, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
+    monkeypatch.setattr(compiling, "kernels_of", lambda lowered: [])
     good = Slow("good")
     good.go.set()
     made = Compilation([Work("test", "bad", refuse, wave=0), Work("test", "good", good.lower, wave=1)], store, False)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pjengine.executables import Compilation, open_store
+from pjengine.compilation import Compilation
+from pjengine.executables import open_store
 from pjengine.sampler import Variant
 from pjengine.samplers import Samplers, able, sampler_works
 from pjengine.sampling_batch import SamplerKey
