@@ -151,21 +151,25 @@ def test_kv_write_is_in_place(tokens: int, kv_dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "kv_dtype", "fused"),
+    ("shape", "dtype", "kv_dtype", "fused"),
     [
-        ((32, 8, 128), "bfloat16", True),
-        ((8, 4, 256), "bfloat16", True),
-        ((32, 8, 128), "float8_e4m3fn", False),  # XLA rotates and narrows
+        ((32, 8, 128), "bfloat16", "bfloat16", True),
+        ((8, 4, 256), "float16", "float16", True),
+        ((32, 8, 128), "bfloat16", "float8_e4m3fn", False),  # XLA rotates and narrows
+        ((9, 3, 64), "float32", "float32", False),
+        ((16, 8, 40), "bfloat16", "bfloat16", False),
     ],
 )
-def test_kv_write_of_a_fused_projection_is_one_launch(shape: tuple[int, int, int], kv_dtype: str, fused: bool) -> None:
+def test_kv_write_of_a_fused_projection_is_one_launch(
+    shape: tuple[int, int, int], dtype: str, kv_dtype: str, fused: bool
+) -> None:
     heads, kv_heads, head_dim = shape
     for tokens in (1, 5000):
         text = lower_for_hopper(
             lambda qkv, cos, sin, k_pages, v_pages, slots: rope_write_kv_qkv(
                 qkv, cos, sin, k_pages, v_pages, slots, backend="mosaic"
             ),
-            ((tokens, heads + 2 * kv_heads, head_dim), "bfloat16"),
+            ((tokens, heads + 2 * kv_heads, head_dim), dtype),
             *[((tokens, head_dim // 2), "float32")] * 2,
             *[((30, kv_heads, 64, head_dim), kv_dtype)] * 2,
             ((tokens,), "int32"),

@@ -41,11 +41,17 @@ def rope_write_kv_qkv(
     *,
     spec: KVWriteSpec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `pjengine.pallas_kernels.rope_write_kv_qkv`. Caches of other dtypes are quantised on the way, by XLA."""
-    if cos is None or sin is None or spec.kv_scales or spec.kv_dtype != spec.dtype or spec.head_dim % (2 * VECTOR):
-        q, k, v = jnp.split(qkv, (spec.heads, spec.heads + spec.kv_heads), axis=1)
-        return mosaic.rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
-    return _rotate_and_write(qkv, cos, sin, k_pages, v_pages, write_slots, spec=spec)
+    """See `pjengine.pallas_kernels.rope_write_kv_qkv`. What the kernel does not serve, XLA rotates and narrows."""
+    if cos is not None and sin is not None and _serves(spec):
+        return _rotate_and_write(qkv, cos, sin, k_pages, v_pages, write_slots, spec=spec)
+    q, k, v = jnp.split(qkv, (spec.heads, spec.heads + spec.kv_heads), axis=1)
+    return mosaic.rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
+
+
+def _serves(spec: KVWriteSpec) -> bool:
+    """Whether elements are of 16 bits and stored as they are, and a thread's loads divide half a head."""
+    plain = spec.kv_dtype == spec.dtype and not spec.kv_scales
+    return plain and jnp.dtype(spec.dtype).itemsize == 2 and spec.head_dim % (2 * VECTOR) == 0
 
 
 @functools.partial(jax.jit, static_argnames="spec")
