@@ -74,15 +74,17 @@ class Compilation:
         self._kernels_known: set[bytes] = set()
         self._kernels_running: Counter[int | None] = Counter()  # by wave
         self._lock = threading.Lock()
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: a thread ends
         self._kept = 0
         self._started = time.monotonic()
         self._bar = tqdm(total=len(self._works), desc="Compiling", disable=not progress, leave=False)
+        count = min(len(self._works), os.cpu_count() or 1)
+        self._threads = [threading.Thread(target=self._work, name="compile", daemon=True) for _ in range(count)]
+        self._threads.append(threading.Thread(target=self._prepare, name="lower", daemon=True))
         old = threading.stack_size(_COMPILE_STACK)
         try:
-            for _ in range(min(len(self._works), os.cpu_count() or 1)):
-                threading.Thread(target=self._work, name="compile", daemon=True).start()
-            threading.Thread(target=self._prepare, name="lower", daemon=True).start()
+            for thread in self._threads:
+                thread.start()
         finally:
             threading.stack_size(old)
 
@@ -106,6 +108,10 @@ class Compilation:
         """Until these (None: all), which must have begun, are ready. Raises what went wrong with one."""
         for key in self._works if keys is None else keys:
             self._futures[key].result()
+        if self.finished:
+            # A thread that still frees what it compiled would take the process down if that ended now.
+            for thread in self._threads:
+                thread.join()
 
     @property
     def finished(self) -> bool:
@@ -117,14 +123,20 @@ class Compilation:
         with self._lock:
             for future in self._futures.values():
                 future.cancel()
-            self._bar.close()
+            self._close()
 
     # -- in threads of their own -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not self.finished:
-            with contextlib.suppress(queue.Empty):
-                self._tasks.get(timeout=0.2)()
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task  # before the next one comes: it holds a whole program
+
+    def _close(self) -> None:
+        """Lets the threads end. Called under the lock."""
+        self._bar.close()
+        for _ in self._threads:
+            self._tasks.put(None)
 
     def _prepare(self) -> None:
         """Loads what is kept and lowers the rest, one after the other: Python traces one at a time."""
@@ -216,7 +228,7 @@ class Compilation:
                 future.set_result(found)
             self._bar.update()
             if self.finished:
-                self._bar.close()
+                self._close()
                 self._report()
 
     def _report(self) -> None:
