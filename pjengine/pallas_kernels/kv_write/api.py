@@ -77,6 +77,7 @@ def rope_write_kv_qkv(
       qkv: [T, heads + 2 * kv_heads, head_dim]: the heads of q, then those of k, then those of v.
       The others: as in `rope_write_kv`.
     Returns: (q rotated [T, heads, head_dim], k_pages, v_pages).
+    Raises: as `rope_write_kv`.
     """
     kv_heads = k_pages.shape[1]
     heads = qkv.shape[1] - 2 * kv_heads if qkv.ndim == 3 else 0
