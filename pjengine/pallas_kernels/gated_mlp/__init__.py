@@ -1,0 +1,1 @@
+"""The gate and up projections of an MLP and their activation, as one kernel."""
