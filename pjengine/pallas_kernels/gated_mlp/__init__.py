@@ -1,1 +1,1 @@
-"""The gate and up projections of an MLP and their activation, as one kernel."""
+"""`gated_product`: an MLP's gate and up projections and their SwiGLU in one kernel."""

@@ -1,9 +1,9 @@
-"""Gate and up projections with SwiGLU on Hopper, in Pallas Mosaic GPU: one product, its activation in registers.
+"""Gate and up projections with SwiGLU on Hopper, in Pallas Mosaic GPU: the activation happens in registers.
 
-A persistent, warp-specialised product: a warpgroup copies tiles of x and of the gate's and the up projection's columns
-to a ring in shared memory, two warpgroups multiply 64 rows each by 128 columns of both. So a thread holds gate and up
-of the same place, and the result leaves as bfloat16, behind the next tile's products. Two SMs form a cluster and
-share a tile of x or of the weights, each copying one half for both.
+A persistent product: per SM a warpgroup copies tiles of x and of both projections' weights to a ring in shared memory,
+and two warpgroups multiply 64 rows each by the same 128 columns of gate and up. So a thread holds gate and up of one
+place, and what leaves is the activation, half the columns, copied out behind the next tile's products. The SMs of a
+cluster compute tiles below each other and share the weights' tiles: each copies a half for both.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.gated_mlp.activation import swiglu_tile
-from pjengine.pallas_kernels.gated_mlp.partials import fence_registers, add_partial, announce, await_partial, leave_partial
-from pjengine.pallas_kernels.gated_mlp.schedule import Schedule, Segment, segment_of
-from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, compiler_params, tile, tiled_smem
+from pjengine.pallas_kernels.backends import Target
+from pjengine.pallas_kernels.gated_mlp.swiglu import fence_accumulators, swiglu_tile
+from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS, launch, tiled_smem
 
 WARPGROUPS = 2  # that multiply
 ROWS = WARPGROUPS * TILE_ROWS  # of a tile
-COLUMNS = 128  # of a tile, of gate and of up each
+COLUMNS = 128  # of a tile, in gate and in up each
 K_STEP = 64
-CLUSTER = 2  # SMs that share copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,132 +34,129 @@ class GatedConfig:
     """Tuning of the kernel.
 
     Attributes:
-      sms: streaming multiprocessors of the device; stages: of the ring.
-      shared: what the SMs of a cluster have in common, "weights" (rows differ) or "rows" (columns differ).
-      group: rows of cluster tiles that are walked together.
-      split: cut what is left over after the last whole round of tiles.
-      method: of the activation.
-      outputs: columns of the buffer that results leave from.
+      sms: streaming multiprocessors of the device; cluster: how many of them share the weights' tiles, 1 or 2.
+      stages: of the ring.
+      group: how many rows of clusters' tiles are walked together, column by column: their x stays in the L2 cache.
     """
 
     sms: int
+    cluster: int = 2
     stages: int = 4
-    shared: str = "weights"
-    group: int = 8
-    split: bool = True
-    method: str = "plain"
-    outputs: int = COLUMNS
+    group: int = 4
 
 
-def schedule_of(tokens: int, hidden: int, mlp: int, config: GatedConfig) -> Schedule:
-    rows, columns = math.ceil(tokens / ROWS), mlp // COLUMNS
-    if config.shared == "weights":
-        rows = math.ceil(rows / CLUSTER)
-    else:
-        columns //= CLUSTER
-    workers = config.sms // CLUSTER
-    return Schedule(rows, columns, min(config.group, rows), hidden // K_STEP, workers, config.split)
+def config_for(target: Target) -> GatedConfig:
+    return GatedConfig(target.cores or HOPPER_SMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Tiles of clusters: rows, columns; group: rows walked together; workers: clusters that take tiles in turn."""
+
+    rows: int
+    columns: int
+    group: int
+    workers: int
+
+    @property
+    def rounds(self) -> int:
+        """Tiles of the worker that has most."""
+        return math.ceil(self.rows * self.columns / self.workers)
+
+    def place(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(row, column) of tile number `tile`, an int32 scalar."""
+        per_group = self.group * self.columns
+        group = lax.div(tile, jnp.int32(per_group))
+        inside = tile - group * per_group
+        height = jnp.minimum(self.rows - group * self.group, self.group)  # the last group may have fewer rows
+        return group * self.group + lax.rem(inside, height), lax.div(inside, height)
+
+
+def tiling_of(tokens: int, mlp: int, config: GatedConfig) -> Tiling:
+    rows = math.ceil(tokens / (ROWS * config.cluster))
+    return Tiling(rows, mlp // COLUMNS, min(config.group, rows), config.sms // config.cluster)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def gated_product(x: jax.Array, weight: jax.Array, *, config: GatedConfig) -> jax.Array:
-    """silu(x @ gate) * (x @ up), sums and activation in float32.
+    """silu(x @ gate) * (x @ up); sums and activation are float32.
 
     Args:
-      x: [T, hidden], T a multiple of 8; weight: [hidden, 2 * mlp], gate and up side by side; both bfloat16 or float16.
+      x: [T, hidden], bfloat16 or float16, T a multiple of 8, hidden of K_STEP.
+      weight: [hidden, 2 * mlp] in x's dtype, gate and up side by side, mlp a multiple of COLUMNS.
     Returns: [T, mlp] in x's dtype.
     """
-    tokens, hidden = x.shape
-    mlp = weight.shape[1] // 2
-    schedule = schedule_of(tokens, hidden, mlp, config)
-    sums = config.sms * WARPGROUPS * 2 if schedule.cut else 1
-    flags = jnp.zeros(config.sms * WARPGROUPS, jnp.int32)
-    out_type = (
-        jax.ShapeDtypeStruct((tokens, mlp), x.dtype),
-        jax.ShapeDtypeStruct((sums, TILE_ROWS * COLUMNS), jnp.float32),
+    stages, mlp = config.stages, weight.shape[1] // 2
+    tiling = tiling_of(x.shape[0], mlp, config)
+    weights_smem = tiled_smem((stages, K_STEP, COLUMNS), x.dtype)
+    barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
+    shared_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("place",), num_barriers=stages)
+    (out,) = launch(
+        functools.partial(_kernel, tiling=tiling, config=config),
+        (x, weight),
+        out_type=(jax.ShapeDtypeStruct((x.shape[0], mlp), x.dtype),),
+        scratch=dict(
+            x_smem=tiled_smem((stages, ROWS, K_STEP), x.dtype),
+            gate_smem=weights_smem,
+            up_smem=weights_smem,
+            out_smem=tiled_smem((WARPGROUPS, TILE_ROWS, COLUMNS), x.dtype),
+            full=barrier(num_arrivals=3),
+            free=(shared_barrier if config.cluster > 1 else barrier)(num_arrivals=WARPGROUPS),
+        ),
+        grid={"worker": tiling.workers},
+        cluster={"place": config.cluster} if config.cluster > 1 else None,
+        warpgroups=WARPGROUPS + 1,
+        name="gated_product",
     )
-    stages, dtype = config.stages, x.dtype
-    scratch = dict(
-        x_smem=tiled_smem((stages, ROWS, K_STEP), dtype),
-        gate_smem=tiled_smem((stages, K_STEP, COLUMNS), dtype),
-        up_smem=tiled_smem((stages, K_STEP, COLUMNS), dtype),
-        out_smem=tiled_smem((WARPGROUPS, TILE_ROWS, config.outputs), dtype),
-        full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-        free=plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=WARPGROUPS, num_barriers=stages),
-    )
-
-    def kernel(*refs: Any) -> None:
-        body = functools.partial(_kernel, *refs, schedule=schedule, config=config)
-        pl.run_scoped(body, collective_axes="wg", **scratch)
-
-    mesh = plgpu.Mesh(
-        grid=(config.sms // CLUSTER,),
-        grid_names=("worker",),
-        cluster=(CLUSTER,),
-        cluster_names=("pair",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        kernel_name="gated_product",
-    )
-    call = pl.kernel(kernel, out_type=out_type, mesh=mesh, compiler_params=compiler_params(), name="gated_product")
-    return call(x, weight, flags)[0]
+    return out
 
 
 def _kernel(
     x_ref: Any,
     weight_ref: Any,
-    flags_ref: Any,
     out_ref: Any,
-    sums_ref: Any,
+    *,
     x_smem: Any,
     gate_smem: Any,
     up_smem: Any,
     out_smem: Any,
     full: Any,
     free: Any,
-    *,
-    schedule: Schedule,
+    tiling: Tiling,
     config: GatedConfig,
 ) -> None:
-    wg, worker, place = lax.axis_index("wg"), lax.axis_index("worker"), lax.axis_index("pair")
-    stages, mlp = config.stages, out_ref.shape[1]
-    by_rows = config.shared == "weights"
+    wg, worker = lax.axis_index("wg"), lax.axis_index("worker")
+    stages, k_steps, mlp = config.stages, x_ref.shape[1] // K_STEP, out_ref.shape[1]
+    place, axes = (lax.axis_index("place"), {"collective_axes": "place"}) if config.cluster > 1 else (jnp.int32(0), {})
+    rounds = lax.div(tiling.rows * tiling.columns - worker + (tiling.workers - 1), jnp.int32(tiling.workers))
 
-    def origin(segment: Segment) -> tuple[Any, Any]:
+    def origin(lap: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First row and column of this SM's tile."""
-        row = segment.row * CLUSTER + place if by_rows else segment.row
-        column = segment.column if by_rows else segment.column * CLUSTER + place
-        return row * ROWS, column * COLUMNS
+        row, column = tiling.place(lap * tiling.workers + worker)
+        return (row * config.cluster + place) * ROWS, column * COLUMNS
 
     @pl.when(wg == WARPGROUPS)
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
-        def process(index: jax.Array, start: jax.Array) -> jax.Array:
-            segment = segment_of(schedule, worker, index)
-            row, column = origin(segment)
+        def fill_tile(lap: jax.Array, start: jax.Array) -> jax.Array:
+            row, column = origin(lap)
 
             def fill(k: jax.Array, step: jax.Array) -> jax.Array:
                 slot = lax.rem(step, jnp.int32(stages))
-
-                @pl.when(step >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(free.at[slot])
-
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 inner = pl.ds(k * K_STEP, K_STEP)
-                weights = dict(collective_axes="pair") if by_rows else {}
-                rows = {} if by_rows else dict(collective_axes="pair")
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, ROWS), inner], x_smem.at[slot], full.at[slot], **rows)
+                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, ROWS), inner], x_smem.at[slot], full.at[slot])
                 for smem, first in ((gate_smem, column), (up_smem, mlp + column)):
                     source = weight_ref.at[inner, pl.ds(first, COLUMNS)]
-                    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot], **weights)
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot], **axes)
                 return step + 1
 
-            return lax.fori_loop(segment.begin, segment.end, fill, start)
+            return lax.fori_loop(0, k_steps, fill, start)
 
-        steps = lax.fori_loop(0, schedule.segments, process, jnp.int32(0))
+        steps = lax.fori_loop(0, rounds, fill_tile, jnp.int32(0))
 
-        # The other SM of the cluster still arrives here: nobody leaves before.
+        # The other SM of the cluster arrives here to the end: until then this one must not leave.
         @pl.loop(jnp.maximum(steps - stages, 0), steps)
         def _(step: jax.Array) -> None:
             plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
@@ -169,86 +164,43 @@ def _kernel(
     @pl.when(wg < WARPGROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
-        own = (worker * CLUSTER + place) * WARPGROUPS + wg
 
-        def helper(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            slot = own + i * (CLUSTER * WARPGROUPS)
-            await_partial(flags_ref, slot)
-            return add_partial(sums_ref, slot * 2, sums[0]), add_partial(sums_ref, slot * 2 + 1, sums[1])
-
-        def multiply(segment: Segment, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """float32 sums [64, 128] of gate and up over the segment's k-steps."""
-
-            def issue(refs: tuple[Any, Any], slot: jax.Array) -> None:
-                plgpu.barrier_wait(full.at[slot])
-                fence_registers()
-                rows = x_smem.at[slot, pl.ds(wg * TILE_ROWS, TILE_ROWS)]
-                plgpu.wgmma(refs[0], rows, gate_smem.at[slot])
-                plgpu.wgmma(refs[1], rows, up_smem.at[slot])
+        def multiply(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Sums [64, 128] of gate and up over all k-steps, of which `start` is the first."""
 
             def products(gate_ref: Any, up_ref: Any) -> tuple[jax.Array, jax.Array]:
-                first = lax.rem(start, jnp.int32(stages))
-                issue((gate_ref, up_ref), first)
+                def issue(slot: jax.Array) -> None:
+                    plgpu.barrier_wait(full.at[slot])
+                    fence_accumulators()
+                    rows = x_smem.at[slot, pl.ds(wg * TILE_ROWS, TILE_ROWS)]
+                    plgpu.wgmma(gate_ref, rows, gate_smem.at[slot])
+                    plgpu.wgmma(up_ref, rows, up_smem.at[slot])
 
-                def body(i: jax.Array, before: jax.Array) -> jax.Array:
+                def step(i: jax.Array, before: jax.Array) -> jax.Array:
                     slot = jnp.where(before == stages - 1, 0, before + 1)
-                    issue((gate_ref, up_ref), slot)
-                    plgpu.wgmma_wait(2)
+                    issue(slot)
+                    plgpu.wgmma_wait(2)  # the products of the step before have ended
                     plgpu.barrier_arrive(free.at[before])
                     return slot
 
-                last = lax.fori_loop(1, segment.end - segment.begin, body, first)
-                if schedule.cut:
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[last])
-                    return None
+                first = lax.rem(start, jnp.int32(stages))
+                issue(first)
+                last = lax.fori_loop(1, k_steps, step, first)
                 sums = gate_ref[...], up_ref[...]
                 plgpu.barrier_arrive(free.at[last])
                 return sums
 
-            if not schedule.cut:
-                acc = plgpu.ACC((TILE_ROWS, COLUMNS), jnp.float32)
-                return pl.run_scoped(products, acc, acc)
-            zero = tile(0, COLUMNS)
-            init = lax.fori_loop(1, segment.helpers + 1, helper, (zero, zero))
-            return pl.run_state(lambda refs: products(*refs))(tuple(plgpu.ACC.init(x) for x in init))
+            acc = plgpu.ACC((TILE_ROWS, COLUMNS), jnp.float32)
+            return pl.run_scoped(products, acc, acc)
 
-        def store(segment: Segment, gate: jax.Array, up: jax.Array) -> None:
-            row, column = origin(segment)
-            result = swiglu_tile(gate, up, config.method).astype(out_ref.dtype)
-            for part in range(COLUMNS // config.outputs):
-                columns = slice(part * config.outputs, (part + 1) * config.outputs)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem[wg] = result[:, columns]
-                plgpu.commit_smem()
-                target = out_ref.at[
-                    pl.ds(row + wg * TILE_ROWS, TILE_ROWS), pl.ds(column + part * config.outputs, config.outputs)
-                ]
-                plgpu.copy_smem_to_gmem(out_smem.at[wg], target)
+        @pl.loop(0, rounds)
+        def _(lap: jax.Array) -> None:
+            row, column = origin(lap)
+            result = swiglu_tile(*multiply(lap * k_steps)).astype(out_ref.dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
+            out_smem[wg] = result
+            plgpu.commit_smem()
+            target = out_ref.at[pl.ds(row + wg * TILE_ROWS, TILE_ROWS), pl.ds(column, COLUMNS)]
+            plgpu.copy_smem_to_gmem(out_smem.at[wg], target)
 
-        def process(index: jax.Array, start: jax.Array) -> jax.Array:
-            segment = segment_of(schedule, worker, index)
-
-            @pl.when(segment.end > segment.begin)
-            def _() -> None:
-                sums = multiply(segment, start)
-                if not schedule.cut:
-                    store(segment, *sums)
-                    return
-
-                @pl.when(segment.owned == 1)
-                def _() -> None:
-                    store(segment, *sums)
-
-                @pl.when(segment.owned == 0)
-                def _() -> None:
-                    for i, part in enumerate(sums):
-                        leave_partial(sums_ref, own * 2 + i, part)
-                    announce(flags_ref, own)
-
-            return start + segment.end - segment.begin
-
-        lax.fori_loop(0, schedule.segments, process, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
-
-
