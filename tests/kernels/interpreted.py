@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import jax
@@ -24,12 +24,15 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
 from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
+from pjengine.pallas_kernels.gated_mlp import mosaic as mosaic_gated
 from pjengine.pallas_kernels.packed import mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 
 
 class _Accumulator:
-    """A wgmma accumulator as a value: kernels use one only inside one scope."""
+    """A wgmma accumulator as a value: kernels use one only inside one scope, and `_fori_loop` carries those in use."""
+
+    in_use: ClassVar[list[_Accumulator]] = []
 
     def __init__(self, value: jax.Array):
         self.value = value
@@ -58,7 +61,31 @@ def _wgmma(acc: _Accumulator, a: Any, b: Any) -> None:
 def _run_scoped(body: Callable[..., Any], *accumulators: Any, **scratch: Any) -> Any:
     if not accumulators:
         return pl.run_scoped(body, **scratch)
-    return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in accumulators))
+    return _with_accumulators(body, [_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in accumulators])
+
+
+def _with_accumulators(body: Callable[..., Any], accumulators: list[_Accumulator]) -> Any:
+    before = _Accumulator.in_use
+    _Accumulator.in_use = accumulators
+    try:
+        return body(*accumulators)
+    finally:
+        _Accumulator.in_use = before
+
+
+def _fori_loop(lower: Any, upper: Any, body: Callable[[Any, Any], Any], init: Any) -> Any:
+    accumulators = _Accumulator.in_use
+
+    def step(i: Any, carry: Any) -> Any:
+        for acc, value in zip(accumulators, carry[1], strict=True):
+            acc.value = value
+        result = body(i, carry[0])
+        return result, [acc.value for acc in accumulators]
+
+    result, values = lax.fori_loop(lower, upper, step, (init, [acc.value for acc in accumulators]))
+    for acc, value in zip(accumulators, values, strict=True):
+        acc.value = value
+    return result
 
 
 def _run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
@@ -88,6 +115,7 @@ def _launch(
     name: str,
     warpgroups: int = 1,
     out_type: tuple[Any, ...] = (),
+    cluster: None = None,
 ) -> Any:
     def kernel(*refs: Any) -> None:
         pl.run_scoped(lambda **scoped: body(*refs, **scoped), collective_axes="wg", **scratch)
@@ -197,6 +225,8 @@ _SHARED = {
     "clear_rows_from": _clear_rows_from,
     "clear_memory": _clear_memory,
     "store_prefix": lambda ref, values, layout, size: ref.__setitem__(..., values[:size]),
+    "swiglu_tile": lambda gate, up: jax.nn.silu(gate) * up,
+    "fence_accumulators": lambda: None,
     "widen_block": lambda source, target: target.__setitem__(..., source[...].astype(target.dtype)),
 }
 _TILES = {
@@ -225,17 +255,20 @@ def interpreted() -> Iterator[None]:
             **vars(plgpu),
             "ACC": _Acc,
             "wgmma": _wgmma,
+            "wgmma_wait": lambda n: None,
             "wgmma_accumulator_load": lambda acc, wait_n=0: acc[...],
             "layout_cast": lambda x, layout: x,
             "broadcasted_iota": lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
         }
     )
     with contextlib.ExitStack() as stack:
-        kernels = (mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short)
+        kernels = (mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short, mosaic_gated)
         for module in (flash, flash_joint, mosaic_common, tiles, *kernels):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
+        loops = types.SimpleNamespace(**{**vars(lax), "fori_loop": _fori_loop})
+        stack.enter_context(mock.patch.object(mosaic_gated, "lax", loops))
         for name, value in _TILES.items():
             stack.enter_context(mock.patch.object(decode_tiles, name, value))
         stack.enter_context(mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate))
