@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
+from pjengine.models.layers import swiglu
 from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
 from pjengine.pallas_kernels.gated_mlp import mosaic as mosaic_gated
 from pjengine.pallas_kernels.packed import mosaic_short, tiles
@@ -30,9 +31,7 @@ from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_d
 
 
 class _Accumulator:
-    """A wgmma accumulator as a value: kernels use one only inside one scope, and `_fori_loop` carries those in use."""
-
-    in_use: ClassVar[list[_Accumulator]] = []
+    """A wgmma accumulator as a value: kernels use one only inside one scope."""
 
     def __init__(self, value: jax.Array):
         self.value = value
@@ -61,31 +60,7 @@ def _wgmma(acc: _Accumulator, a: Any, b: Any) -> None:
 def _run_scoped(body: Callable[..., Any], *accumulators: Any, **scratch: Any) -> Any:
     if not accumulators:
         return pl.run_scoped(body, **scratch)
-    return _with_accumulators(body, [_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in accumulators])
-
-
-def _with_accumulators(body: Callable[..., Any], accumulators: list[_Accumulator]) -> Any:
-    before = _Accumulator.in_use
-    _Accumulator.in_use = accumulators
-    try:
-        return body(*accumulators)
-    finally:
-        _Accumulator.in_use = before
-
-
-def _fori_loop(lower: Any, upper: Any, body: Callable[[Any, Any], Any], init: Any) -> Any:
-    accumulators = _Accumulator.in_use
-
-    def step(i: Any, carry: Any) -> Any:
-        for acc, value in zip(accumulators, carry[1], strict=True):
-            acc.value = value
-        result = body(i, carry[0])
-        return result, [acc.value for acc in accumulators]
-
-    result, values = lax.fori_loop(lower, upper, step, (init, [acc.value for acc in accumulators]))
-    for acc, value in zip(accumulators, values, strict=True):
-        acc.value = value
-    return result
+    return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in accumulators))
 
 
 def _run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
@@ -195,6 +170,11 @@ def _store_columns(ref: Any, values: jax.Array, group: int, head_dim: int, *, pe
     ref[pl.ds(0, group * head_dim)] = values[:head_dim].T[:group].reshape(-1).astype(ref.dtype)
 
 
+def _add_product(sums: jax.Array, x: Any, weights: Any) -> jax.Array:
+    both = jnp.concatenate(list(weights[...].astype(jnp.float32)), axis=1)
+    return sums + jnp.dot(x[...].astype(jnp.float32), both, precision="highest")
+
+
 def _last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any) -> None:
     """Not atomic: the interpreter runs one block after the other, so one worker per block must be all there is."""
     arrived = counters[index] + 1
@@ -225,8 +205,10 @@ _SHARED = {
     "clear_rows_from": _clear_rows_from,
     "clear_memory": _clear_memory,
     "store_prefix": lambda ref, values, layout, size: ref.__setitem__(..., values[:size]),
-    "swiglu_tile": lambda gate, up: jax.nn.silu(gate) * up,
-    "fence_accumulators": lambda: None,
+    "weights_scratch": lambda stages, columns, dtype: plgpu.SMEM((stages, 2, 64, columns), dtype),
+    "add_product": _add_product,
+    "finish_products": lambda sums: sums,
+    "swiglu_halves": swiglu,
     "widen_block": lambda source, target: target.__setitem__(..., source[...].astype(target.dtype)),
 }
 _TILES = {
@@ -267,8 +249,6 @@ def interpreted() -> Iterator[None]:
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
-        loops = types.SimpleNamespace(**{**vars(lax), "fori_loop": _fori_loop})
-        stack.enter_context(mock.patch.object(mosaic_gated, "lax", loops))
         for name, value in _TILES.items():
             stack.enter_context(mock.patch.object(decode_tiles, name, value))
         stack.enter_context(mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate))

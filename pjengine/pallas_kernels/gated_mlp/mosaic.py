@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjengine.pallas_kernels.backends import Target
-from pjengine.pallas_kernels.gated_mlp.swiglu import fence_accumulators, swiglu_tile
-from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS, launch, tiled_smem
+from pjengine.pallas_kernels.gated_mlp.products import add_product, finish_products, swiglu_halves, weights_scratch
+from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS, launch, tile, tiled_smem
 
 WARPGROUPS = 2  # that multiply
 ROWS = WARPGROUPS * TILE_ROWS  # of a tile
@@ -88,7 +88,6 @@ def gated_product(x: jax.Array, weight: jax.Array, *, config: GatedConfig) -> ja
     """
     stages, mlp = config.stages, weight.shape[1] // 2
     tiling = tiling_of(x.shape[0], mlp, config)
-    weights_smem = tiled_smem((stages, K_STEP, COLUMNS), x.dtype)
     barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
     shared_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("place",), num_barriers=stages)
     (out,) = launch(
@@ -97,8 +96,7 @@ def gated_product(x: jax.Array, weight: jax.Array, *, config: GatedConfig) -> ja
         out_type=(jax.ShapeDtypeStruct((x.shape[0], mlp), x.dtype),),
         scratch=dict(
             x_smem=tiled_smem((stages, ROWS, K_STEP), x.dtype),
-            gate_smem=weights_smem,
-            up_smem=weights_smem,
+            weights_smem=weights_scratch(stages, COLUMNS, x.dtype),
             out_smem=tiled_smem((WARPGROUPS, TILE_ROWS, COLUMNS), x.dtype),
             full=barrier(num_arrivals=3),
             free=(shared_barrier if config.cluster > 1 else barrier)(num_arrivals=WARPGROUPS),
@@ -117,8 +115,7 @@ def _kernel(
     out_ref: Any,
     *,
     x_smem: Any,
-    gate_smem: Any,
-    up_smem: Any,
+    weights_smem: Any,
     out_smem: Any,
     full: Any,
     free: Any,
@@ -147,9 +144,9 @@ def _kernel(
                 pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 inner = pl.ds(k * K_STEP, K_STEP)
                 plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, ROWS), inner], x_smem.at[slot], full.at[slot])
-                for smem, first in ((gate_smem, column), (up_smem, mlp + column)):
+                for half, first in enumerate((column, mlp + column)):
                     source = weight_ref.at[inner, pl.ds(first, COLUMNS)]
-                    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot], **axes)
+                    plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, half], full.at[slot], **axes)
                 return step + 1
 
             return lax.fori_loop(0, k_steps, fill, start)
@@ -165,38 +162,31 @@ def _kernel(
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
 
-        def multiply(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Sums [64, 128] of gate and up over all k-steps, of which `start` is the first."""
+        def multiply(start: jax.Array) -> jax.Array:
+            """Sums [64, 2 * 128] of gate and up over all k-steps, of which `start` is the first."""
 
-            def products(gate_ref: Any, up_ref: Any) -> tuple[jax.Array, jax.Array]:
-                def issue(slot: jax.Array) -> None:
-                    plgpu.barrier_wait(full.at[slot])
-                    fence_accumulators()
-                    rows = x_smem.at[slot, pl.ds(wg * TILE_ROWS, TILE_ROWS)]
-                    plgpu.wgmma(gate_ref, rows, gate_smem.at[slot])
-                    plgpu.wgmma(up_ref, rows, up_smem.at[slot])
+            def issue(slot: jax.Array, sums: jax.Array) -> jax.Array:
+                plgpu.barrier_wait(full.at[slot])
+                return add_product(sums, x_smem.at[slot, pl.ds(wg * TILE_ROWS, TILE_ROWS)], weights_smem.at[slot])
 
-                def step(i: jax.Array, before: jax.Array) -> jax.Array:
-                    slot = jnp.where(before == stages - 1, 0, before + 1)
-                    issue(slot)
-                    plgpu.wgmma_wait(2)  # the products of the step before have ended
-                    plgpu.barrier_arrive(free.at[before])
-                    return slot
+            def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                before, sums = carry
+                slot = jnp.where(before == stages - 1, 0, before + 1)
+                sums = issue(slot, sums)
+                plgpu.wgmma_wait(1)  # the product of the step before has ended
+                plgpu.barrier_arrive(free.at[before])
+                return slot, sums
 
-                first = lax.rem(start, jnp.int32(stages))
-                issue(first)
-                last = lax.fori_loop(1, k_steps, step, first)
-                sums = gate_ref[...], up_ref[...]
-                plgpu.barrier_arrive(free.at[last])
-                return sums
-
-            acc = plgpu.ACC((TILE_ROWS, COLUMNS), jnp.float32)
-            return pl.run_scoped(products, acc, acc)
+            first = lax.rem(start, jnp.int32(stages))
+            last, sums = lax.fori_loop(1, k_steps, step, (first, issue(first, tile(0, 2 * COLUMNS))))
+            sums = finish_products(sums)
+            plgpu.barrier_arrive(free.at[last])
+            return sums
 
         @pl.loop(0, rounds)
         def _(lap: jax.Array) -> None:
             row, column = origin(lap)
-            result = swiglu_tile(*multiply(lap * k_steps)).astype(out_ref.dtype)
+            result = swiglu_halves(multiply(lap * k_steps)).astype(out_ref.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
             out_smem[wg] = result
             plgpu.commit_smem()
