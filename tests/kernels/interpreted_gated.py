@@ -17,7 +17,9 @@ from tests.kernels.ragged_cases import relative_error
 
 def check(tokens: int, hidden: int, mlp: int, *, sms: int, group: int) -> None:
     rng = np.random.default_rng(0)
-    x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((tokens, hidden), (hidden, 2 * mlp)))
+    x, weight = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((tokens, hidden), (hidden, 2 * mlp))
+    )
     with interpreted():
         out = gated_product(x, weight, config=GatedConfig(sms, cluster=1, stages=3, group=group))
         jax.block_until_ready(out)

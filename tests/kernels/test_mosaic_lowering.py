@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from pjengine.errors import KernelUnavailable
@@ -189,11 +190,12 @@ def lower_gated(
     dtype: str = "bfloat16",
     *,
     layers: int = 1,
-    bias: float | None = None,
+    bias: bool = False,
     backend: str = "auto",
 ) -> str:
     def products(x: Any, *weights: Any) -> Any:
-        return [linear_swiglu(x, weight, bias, backend=backend) for weight in weights]
+        shift = jnp.ones(2 * mlp, dtype) if bias else None
+        return [linear_swiglu(x, weight, shift, backend=backend) for weight in weights]
 
     return lower_for_hopper(products, ((tokens, hidden), dtype), *[((hidden, 2 * mlp), dtype)] * layers)
 
@@ -215,7 +217,7 @@ def test_gated_product_is_one_launch(tokens: int, hidden: int, mlp: int, dtype: 
         (1024, 512, 1088, {}),
         (1024, 512, 1024, {"dtype": "float32"}),
         (1024, 512, 1024, {"backend": "reference"}),
-        (1024, 512, 1024, {"bias": 1.0}),
+        (1024, 512, 1024, {"bias": True}),
     ],
 )
 def test_gated_product_leaves_the_rest_to_xla(tokens: int, hidden: int, mlp: int, options: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def _kernel(
 ) -> None:
     wg, worker = lax.axis_index("wg"), lax.axis_index("worker")
     stages, k_steps, mlp = config.stages, x_ref.shape[1] // K_STEP, out_ref.shape[1]
-    place, axes = (lax.axis_index("place"), {"collective_axes": "place"}) if config.cluster > 1 else (jnp.int32(0), {})
+    place, sharers = (lax.axis_index("place"), "place") if config.cluster > 1 else (jnp.int32(0), None)
     rounds = lax.div(tiling.rows * tiling.columns - worker + (tiling.workers - 1), jnp.int32(tiling.workers))
 
     def origin(lap: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -146,7 +146,8 @@ def _kernel(
                 plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, ROWS), inner], x_smem.at[slot], full.at[slot])
                 for half, first in enumerate((column, mlp + column)):
                     source = weight_ref.at[inner, pl.ds(first, COLUMNS)]
-                    plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, half], full.at[slot], **axes)
+                    target = weights_smem.at[slot, half]
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=sharers)
                 return step + 1
 
             return lax.fori_loop(0, k_steps, fill, start)

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from pjengine.pallas_kernels.mosaic_common import LOG2E, tile_transforms
+from pjengine.pallas_kernels.registers import int32
 
 SWIZZLE = 128
 TILE = 64  # rows and columns of the weights' tiles: 128 bytes
@@ -48,9 +49,7 @@ def add_product(sums: jax.Array, x: Any, weights: Any) -> jax.Array:
         nvvm.wgmma_fence_aligned()
         acc = mgpu.WGMMAAccumulator.from_registers(sums, sync=False)
         acc = mgpu.wgmma(acc, x, operand, swizzle=SWIZZLE)
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"), [], "wgmma.commit_group.sync.aligned;", "", has_side_effects=True
-        )
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "wgmma.commit_group.sync.aligned;", "", has_side_effects=True)
         return acc.value
 
     return issue(sums, x, weights)
@@ -60,9 +59,7 @@ def finish_products(sums: jax.Array) -> jax.Array:
     """Waits for all products; the sums may be read."""
     plgpu.wgmma_wait(0)
 
-    @plgpu.inline_mgpu(
-        arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=LAYOUT)
-    )
+    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=LAYOUT))
     def barrier(ctx: Any, sums: Any) -> Any:
         return fragmented_array.optimization_barrier(sums)
 
@@ -70,7 +67,7 @@ def finish_products(sums: jax.Array) -> jax.Array:
 
 
 def swiglu_halves(sums: jax.Array) -> jax.Array:
-    """silu(gate) * up of float32 [64, 2 * n], gate and up side by side; [64, n]. An exponential and a reciprocal each."""
+    """silu(gate) * up, [64, n], of sums [64, 2 * n]: gate and up side by side, float32."""
     rows, columns = sums.shape
     result = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.float32, layout=LAYOUT)
 
@@ -89,7 +86,7 @@ def _swiglu_pair(gate: Any, up: Any) -> Any:
     """silu(gate) * up of vectors of float32. exp(-gate) may be infinite: the result is 0 then, as it should be."""
     result = llvm.mlir_undef(gate.type)
     for i in range(ir.VectorType(gate.type).shape[0]):
-        place = arith.constant(ir.IntegerType.get_signless(32), i)
+        place = int32(i).value
         g, u = llvm.extractelement(gate, place), llvm.extractelement(up, place)
         denominator = arith.addf(_approximate("ex2", arith.mulf(g, _constant(-LOG2E))), _constant(1.0))
         value = arith.mulf(arith.mulf(g, u), _approximate("rcp", denominator))
@@ -98,7 +95,7 @@ def _swiglu_pair(gate: Any, up: Any) -> Any:
 
 
 def _constant(value: float) -> Any:
-    return arith.constant(ir.F32Type.get(), value)
+    return mgpu.c(value, ir.F32Type.get())
 
 
 def _approximate(function: str, x: Any) -> Any:
