@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.compilation import CUBLAS, IN_LINE, compile_all
+from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, compile_all
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
@@ -121,7 +121,8 @@ class EmbeddingRunner:
             "batches",
             store,
             progress,
-            options=lambda bucket: {**IN_LINE, **(CUBLAS if cublas(bucket) else {})} if gpu else {},
+            # With few tokens the device is faster than the host that launches its kernels.
+            options=lambda bucket: {} if not gpu else {**IN_LINE, **CUBLAS} if cublas(bucket) else IN_PIECES,
         )
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)

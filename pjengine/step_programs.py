@@ -16,7 +16,7 @@ from pjengine.compilation import CUBLAS, Work
 from pjengine.executables import Executables
 from pjengine.logprobs import Logprobs, compute_logprobs
 from pjengine.sampler import SamplerState, init_state, sample
-from pjengine.samplers import sampler_works
+from pjengine.samplers import common_works, rare_works
 from pjengine.sampling_batch import SamplerKey, sampler_layout, unpack_sampler
 from pjengine.step_inputs import KVCache
 
@@ -98,13 +98,18 @@ class StepPrograms:
         self._sample = jax.jit(_sample_step, donate_argnums=1, static_argnums=3)
 
     def works(self, bucket: Bucket) -> list[Work]:
-        """The executables that a step in this bucket may need, the forward pass first."""
+        """The executables without which no step is run in this bucket, the forward pass first."""
         options = compiler_options(bucket)
         wave = 1 if options else 0  # Triton's products take longest: XLA compiles many to time them
         return [
             Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), options, wave),
-            *sampler_works(bucket.rows, self.shape.vocab_size, self.lower_sampler),
+            *common_works(bucket.rows, self.lower_sampler),
         ]
+
+    def late_works(self) -> list[Work]:
+        """What few steps need: to be compiled while the engine serves already, for few rows first."""
+        rows = sorted({bucket.rows for bucket in self.shape.buckets})
+        return [work for r in rows for work in rare_works(r, self.shape.vocab_size, self.lower_sampler)]
 
     def all_works(self, count: int | None = None) -> list[Work]:
         """Those of the first `count` buckets (None: all), of which two can run any step.
@@ -118,7 +123,10 @@ class StepPrograms:
         return sorted(works, key=lambda work: (work.wave is None, work.wave or 0))
 
     def needed(self, bucket: Bucket, executables: Executables) -> int:
-        """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments."""
+        """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments.
+
+        What is compiled late is left out: its samplers need what `step_temporaries` has counted for them.
+        """
         found = [executables[work.key] for work in self.works(bucket)]
         # Two steps overlap: the outputs of one are alive while the next runs.
         return max(e.temporaries for e in found) + 2 * found[0].outputs

@@ -184,7 +184,9 @@ def test_a_step_that_needs_more_than_its_room_is_not_used(caplog: pytest.LogCapt
     assert needed[small] < needed[large]
 
     def again(room: int) -> ModelRunner:
-        return ModelRunner(runner.programs, runner.executables, open_store("", ()), runner.params, frozenset(), room)
+        late = Compilation([], open_store("", ()), progress=False)
+        store = open_store("", ())
+        return ModelRunner(runner.programs, runner.executables, late, store, runner.params, frozenset(), room)
 
     assert again(needed[large]).step_tokens == large.tokens
     assert again(needed[large] - 1).step_tokens == small.tokens
