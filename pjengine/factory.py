@@ -28,12 +28,14 @@ from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget
 from pjengine.model_runner import ModelRunner
+from pjengine.models.decoder import DecoderConfig
 from pjengine.models.heads import Head
 from pjengine.models.loading import choose_dtype, load_source, model_of, weight_specs
 from pjengine.models.params import is_spec
 from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
 from pjengine.pallas_kernels import describe_backends
+from pjengine.pallas_kernels.specs import GatedSpec
 from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
 from pjengine.step_programs import RunnerShape, StepPrograms, cpu_buckets, gpu_buckets
@@ -272,10 +274,19 @@ def _check_backends(
         model.dtype.name,
         backend=config.attention_backend,
         window=specs[0].window,
+        gated=_gated(model),
     )
     for op, backend, why in rows:
         logger.info("%s: %s%s", op, backend, f" ({why})" if why else "")
     return tuple(rows)
+
+
+def _gated(model: _Model) -> GatedSpec | None:
+    """The MLP of the models whose layers ask for `gated_product`."""
+    config = model.config
+    if not isinstance(config, DecoderConfig) or config.mlp_bias:
+        return None
+    return GatedSpec(config.hidden_size, config.mlp_size, model.dtype.name)
 
 
 def _budget(config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], limits: Limits) -> int:

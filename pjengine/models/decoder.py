@@ -15,9 +15,9 @@ from pjengine.models.layers import (
     causal_attention,
     causal_attention_qkv,
     linear,
+    linear_swiglu,
     rms_norm,
     split_heads,
-    swiglu,
     unembed,
 )
 from pjengine.models.params import ParamSpec, linear_specs
@@ -178,8 +178,9 @@ def _layer(
             qkv, config.num_kv_heads, rotation, inputs, pages, window=window, group=group
         )
     x = x + linear(attended.reshape(x.shape[0], -1), layer["o"], layer.get("o_bias"))
-    gate_up = linear(_norm(x, layer["mlp_norm"], config), layer["gate_up"], layer.get("gate_up_bias"))
-    return x + linear(swiglu(gate_up), layer["down"], layer.get("down_bias")), pages
+    y = _norm(x, layer["mlp_norm"], config)
+    y = linear_swiglu(y, layer["gate_up"], layer.get("gate_up_bias"), backend=inputs.backend)
+    return x + linear(y, layer["down"], layer.get("down_bias")), pages
 
 
 def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels import apply_rope, packed_attention, paged_attention, rope_write_kv, rope_write_kv_qkv
+from pjengine.pallas_kernels import (
+    apply_rope,
+    gated_product,
+    packed_attention,
+    paged_attention,
+    rope_write_kv,
+    rope_write_kv_qkv,
+    serves_gated_product,
+)
 from pjengine.step_inputs import LayerCache, StepInputs
 
 
@@ -48,6 +56,19 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     """silu(gate) * up (arXiv:2002.05202) of gate and up side by side: [T, 2 * mlp] to [T, mlp]."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def linear_swiglu(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, backend: str) -> jax.Array:
+    """swiglu(linear(x, weight, bias)): [T, hidden] and [hidden, 2 * mlp] to [T, mlp].
+
+    Where one kernel is faster, it does both, and the activation is that of the float32 sums.
+
+    Args:
+      backend: as in StepInputs.
+    """
+    if bias is None and serves_gated_product(x, weight, backend):
+        return gated_product(x, weight)
+    return swiglu(linear(x, weight, bias))
 
 
 def geglu(gate_up: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
-"""Attention and KV-cache ops over one ragged batch: public functions, jnp references, GPU kernels."""
+"""Attention and KV-cache ops over one ragged batch, and an MLP's first half: public functions, references, kernels."""
 
 from pjengine.pallas_kernels.describe import describe_backends
+from pjengine.pallas_kernels.gated_mlp.api import gated_product, serves_gated_product
 from pjengine.pallas_kernels.kv_write.api import rope_write_kv, rope_write_kv_qkv
 from pjengine.pallas_kernels.packed.api import packed_attention, packed_attention_qkv
 from pjengine.pallas_kernels.paged.api import paged_attention
@@ -9,9 +10,11 @@ from pjengine.pallas_kernels.rope import apply_rope
 __all__ = [
     "apply_rope",
     "describe_backends",
+    "gated_product",
     "packed_attention",
     "packed_attention_qkv",
     "paged_attention",
     "rope_write_kv",
     "rope_write_kv_qkv",
+    "serves_gated_product",
 ]

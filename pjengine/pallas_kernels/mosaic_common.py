@@ -161,12 +161,13 @@ def launch(
     name: str,
     warpgroups: int = 1,
     out_type: tuple[Any, ...] = (),
+    cluster: dict[str, int] | None = None,
 ) -> Any:
     """Runs a Mosaic kernel; unlike `plgpu.kernel` it may also write operands that are `jax.new_ref`s.
 
     Args:
       body: called with a reference per operand and per output, and the scratch by name. The axis "wg" is the warpgroup.
-      grid: size of each named grid axis.
+      grid: size of each named grid axis, in clusters; cluster: of each named axis of a cluster, in thread blocks.
     Returns: the outputs.
     """
 
@@ -176,6 +177,8 @@ def launch(
     mesh = plgpu.Mesh(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple(cluster.values()) if cluster else (),
+        cluster_names=tuple(cluster) if cluster else (),
         num_threads=warpgroups,
         thread_name="wg",
         kernel_name=name,

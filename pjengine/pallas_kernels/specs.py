@@ -54,3 +54,16 @@ class KVWriteSpec:
     page_size: int = 16
     rope: bool = True
     kv_scales: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedSpec:
+    """The static side of a `gated_product` call, but for the tokens.
+
+    Attributes:
+      hidden: columns of x; mlp: columns of the gate, and of the up projection; dtype: NumPy name of both operands'.
+    """
+
+    hidden: int
+    mlp: int
+    dtype: str = "bfloat16"

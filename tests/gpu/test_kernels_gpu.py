@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjengine.models.layers import linear_swiglu
 from pjengine.pallas_kernels import (
     packed_attention,
     packed_attention_qkv,
@@ -264,3 +265,21 @@ def test_rope_write_kv_of_a_fused_projection(
     for name, a, b in zip(("q", "k_pages", "v_pages"), actual, expected, strict=True):
         a, b = (np.asarray(x.astype(jnp.float32)) for x in (a, b))
         np.testing.assert_allclose(a, b, rtol=2**-7 if name != "v_pages" else 0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [1024, 1032, 1400, 2048, 4096])
+@pytest.mark.parametrize(("hidden", "mlp"), [(4096, 14336), (896, 4864), (576, 1536), (64, 128)])
+def test_linear_swiglu(tokens: int, hidden: int, mlp: int, dtype: str) -> None:
+    """Whole and partial tiles, the last round of tiles full and not, and gates far below zero."""
+    keys = jax.random.split(jax.random.key(tokens + hidden), 2)
+    x = (4 * jax.random.normal(keys[0], (tokens, hidden), jnp.float32)).astype(dtype)
+    weight = (jax.random.normal(keys[1], (hidden, 2 * mlp), jnp.float32) * hidden**-0.5).astype(dtype)
+    weight = weight.at[:, 0].multiply(40)
+    product = jax.jit(linear_swiglu, static_argnames="backend")
+    actual, again = (product(x, weight, None, backend="auto") for _ in range(2))
+    wide = (a.astype(jnp.float32) for a in (x, weight))
+    expected = product(*wide, None, backend="reference")
+    assert relative_error(actual.astype(jnp.float32), np.asarray(expected)) < BFLOAT16_ERROR
+    assert jnp.isfinite(actual).all()
+    assert (actual == again).all(), "two runs differ"

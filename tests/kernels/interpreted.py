@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
+from pjengine.models.layers import swiglu
 from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
+from pjengine.pallas_kernels.gated_mlp import mosaic as mosaic_gated
 from pjengine.pallas_kernels.packed import mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 
@@ -88,6 +90,7 @@ def _launch(
     name: str,
     warpgroups: int = 1,
     out_type: tuple[Any, ...] = (),
+    cluster: None = None,
 ) -> Any:
     def kernel(*refs: Any) -> None:
         pl.run_scoped(lambda **scoped: body(*refs, **scoped), collective_axes="wg", **scratch)
@@ -167,6 +170,11 @@ def _store_columns(ref: Any, values: jax.Array, group: int, head_dim: int, *, pe
     ref[pl.ds(0, group * head_dim)] = values[:head_dim].T[:group].reshape(-1).astype(ref.dtype)
 
 
+def _add_product(sums: jax.Array, x: Any, weights: Any) -> jax.Array:
+    both = jnp.concatenate(list(weights[...].astype(jnp.float32)), axis=1)
+    return sums + jnp.dot(x[...].astype(jnp.float32), both, precision="highest")
+
+
 def _last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any) -> None:
     """Not atomic: the interpreter runs one block after the other, so one worker per block must be all there is."""
     arrived = counters[index] + 1
@@ -197,6 +205,10 @@ _SHARED = {
     "clear_rows_from": _clear_rows_from,
     "clear_memory": _clear_memory,
     "store_prefix": lambda ref, values, layout, size: ref.__setitem__(..., values[:size]),
+    "weights_scratch": lambda stages, columns, dtype: plgpu.SMEM((stages, 2, 64, columns), dtype),
+    "add_product": _add_product,
+    "finish_products": lambda sums: sums,
+    "swiglu_halves": swiglu,
     "widen_block": lambda source, target: target.__setitem__(..., source[...].astype(target.dtype)),
 }
 _TILES = {
@@ -225,13 +237,14 @@ def interpreted() -> Iterator[None]:
             **vars(plgpu),
             "ACC": _Acc,
             "wgmma": _wgmma,
+            "wgmma_wait": lambda n: None,
             "wgmma_accumulator_load": lambda acc, wait_n=0: acc[...],
             "layout_cast": lambda x, layout: x,
             "broadcasted_iota": lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
         }
     )
     with contextlib.ExitStack() as stack:
-        kernels = (mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short)
+        kernels = (mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short, mosaic_gated)
         for module in (flash, flash_joint, mosaic_common, tiles, *kernels):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):

@@ -12,7 +12,7 @@ from pjengine.errors import ConfigError, KernelUnavailable
 from pjengine.executables import ExecutableStore
 from pjengine.pallas_kernels import describe_backends
 from pjengine.pallas_kernels.backends import Backend, Target, accept, current_target, select
-from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
 
 CPU, HOPPER, AMPERE = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108)
@@ -77,6 +77,26 @@ def test_description_names_every_op() -> None:
     odd = describe_backends(32, 8, 500, 64, "float16", target=HOPPER)
     assert odd[0][1] == "reference"
     assert "mosaic: head_dim must be" in odd[0][2]
+
+
+@pytest.mark.parametrize(
+    ("spec", "target", "backend", "served", "reason"),
+    [
+        (GatedSpec(4096, 14336), HOPPER, "auto", "mosaic", ""),
+        (GatedSpec(4096, 14336), HOPPER, "triton", "mosaic", ""),
+        (GatedSpec(4096, 14336), HOPPER, "reference", "reference", ""),
+        (GatedSpec(4096, 14336), CPU, "auto", "reference", ""),
+        (GatedSpec(4096, 14336), AMPERE, "auto", "reference", "needs compute capability 9.0, got 80"),
+        (GatedSpec(4096, 14336, "float32"), HOPPER, "auto", "reference", "tensor cores take bfloat16 and float16"),
+        (GatedSpec(960, 2560), HOPPER, "auto", "mosaic", ""),
+        (GatedSpec(1000, 2560), HOPPER, "auto", "reference", "multiples of 64 and 128, got 1000 and 2560"),
+    ],
+)
+def test_describe_gated_product(spec: GatedSpec, target: Target, backend: str, served: str, reason: str) -> None:
+    rows = describe_backends(32, 8, 128, 64, "bfloat16", gated=spec, backend=backend, target=target)
+    op, chosen, why = rows[-1]
+    assert (op, chosen) == ("gated_product (from 1024 tokens)", served)
+    assert reason in why if reason else why == ""
 
 
 @pytest.fixture

@@ -100,9 +100,10 @@ def test_packed_short(options: dict[str, Any]) -> None:
     assert relative_error(out[:real], np.asarray(expected)[:real]) < 1e-2
 
 
-def test_prefill() -> None:
+@pytest.mark.parametrize("kernel", ["prefill", "gated"])
+def test_three_warpgroups(kernel: str) -> None:
     """In a process of its own: three warpgroups wait at once, and XLA has a thread for each where NPROC says so."""
     environment = {**os.environ, "NPROC": "8", "JAX_PLATFORMS": "cpu"}
     subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_prefill"], env=environment, check=True, timeout=300
+        [sys.executable, "-m", f"tests.kernels.interpreted_{kernel}"], env=environment, check=True, timeout=300
     )

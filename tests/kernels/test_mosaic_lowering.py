@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pjengine.errors import KernelUnavailable
+from pjengine.models.layers import linear_swiglu
 from pjengine.pallas_kernels import (
     packed_attention,
     packed_attention_qkv,
@@ -179,6 +180,54 @@ def test_kv_write_of_a_fused_projection_is_one_launch(
         assert ("stablehlo.multiply" in text) != fused
         assert call.count("output_operand_alias<") == 2
         assert text.count("tf.aliasing_output") == 2
+
+
+def lower_gated(
+    tokens: int,
+    hidden: int,
+    mlp: int,
+    dtype: str = "bfloat16",
+    *,
+    layers: int = 1,
+    bias: float | None = None,
+    backend: str = "auto",
+) -> str:
+    def products(x: Any, *weights: Any) -> Any:
+        return [linear_swiglu(x, weight, bias, backend=backend) for weight in weights]
+
+    return lower_for_hopper(products, ((tokens, hidden), dtype), *[((hidden, 2 * mlp), dtype)] * layers)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("tokens", "hidden", "mlp"), [(1024, 4096, 14336), (1288, 896, 4864), (4096, 576, 1536)])
+def test_gated_product_is_one_launch(tokens: int, hidden: int, mlp: int, dtype: str) -> None:
+    text = lower_gated(tokens, hidden, mlp, dtype)
+    assert text.count("@mosaic_gpu_v2") == 1
+    assert "dot_general" not in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "mlp", "options"),
+    [
+        (1016, 512, 1024, {}),  # few tokens: cuBLAS is as fast
+        (1028, 512, 1024, {}),  # TMA's rows come in eights
+        (1024, 480, 1024, {}),
+        (1024, 512, 1088, {}),
+        (1024, 512, 1024, {"dtype": "float32"}),
+        (1024, 512, 1024, {"backend": "reference"}),
+        (1024, 512, 1024, {"bias": 1.0}),
+    ],
+)
+def test_gated_product_leaves_the_rest_to_xla(tokens: int, hidden: int, mlp: int, options: dict[str, Any]) -> None:
+    text = lower_gated(tokens, hidden, mlp, **options)
+    assert "@mosaic_gpu_v2" not in text
+    assert text.count("dot_general") == 1
+
+
+def test_layers_share_one_gated_product() -> None:
+    text = lower_gated(1024, 512, 1024, layers=3)
+    assert text.count("@mosaic_gpu_v2") == 1
+    assert text.count("call @gated_product") == 3
 
 
 def test_refusals_name_the_reason() -> None:

@@ -1,0 +1,106 @@
+"""Products with gate and up at once, and SwiGLU of their sums, in registers.
+
+One wgmma takes the 128 columns of gate and those of up, which two copies bring to shared memory: its operand's tiles of
+64 columns lie one behind the other. Pallas' own wgmma knows only tiles of 8 rows, in which no copy can bring half of
+the columns, so the sums are plain values here, and nothing may read them before `finish_products`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
+
+from pjengine.pallas_kernels.mosaic_common import LOG2E, tile_transforms
+
+SWIZZLE = 128
+TILE = 64  # rows and columns of the weights' tiles: 128 bytes
+WEIGHTS_TRANSFORMS = (plgpu.TilingTransform((TILE, TILE)), plgpu.SwizzleTransform(SWIZZLE))
+LAYOUT = plgpu.Layout.WGMMA
+
+
+def weights_scratch(stages: int, columns: int, dtype: Any) -> Any:
+    """Shared memory [stages, 2, 64, columns] for tiles of gate and up."""
+    return plgpu.SMEM((stages, 2, TILE, columns), dtype, transforms=WEIGHTS_TRANSFORMS)
+
+
+def add_product(sums: jax.Array, x: Any, weights: Any) -> jax.Array:
+    """Begins sums [64, 2 * n] += x @ [gate | up] and commits it.
+
+    Args:
+      x: shared memory [64, 64] in `tile_transforms`; weights: [2, 64, n] in WEIGHTS_TRANSFORMS, gate and up.
+    """
+    arg_types = (LAYOUT, plgpu.RefType(tile_transforms(TILE, x.dtype)), plgpu.RefType(WEIGHTS_TRANSFORMS))
+    result = plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=arg_types, return_type=result)
+    def issue(ctx: Any, sums: Any, x: Any, weights: Any) -> Any:
+        # [2, 1, n / 64, 64, 64] to [1, 2 * n / 64, 64, 64]
+        operand = mgpu_utils.memref_unsqueeze(mgpu_utils.memref_fold(weights, 0, 3), 0)
+        nvvm.wgmma_fence_aligned()
+        acc = mgpu.WGMMAAccumulator.from_registers(sums, sync=False)
+        acc = mgpu.wgmma(acc, x, operand, swizzle=SWIZZLE)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [], "wgmma.commit_group.sync.aligned;", "", has_side_effects=True
+        )
+        return acc.value
+
+    return issue(sums, x, weights)
+
+
+def finish_products(sums: jax.Array) -> jax.Array:
+    """Waits for all products; the sums may be read."""
+    plgpu.wgmma_wait(0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=LAYOUT)
+    )
+    def barrier(ctx: Any, sums: Any) -> Any:
+        return fragmented_array.optimization_barrier(sums)
+
+    return barrier(sums)
+
+
+def swiglu_halves(sums: jax.Array) -> jax.Array:
+    """silu(gate) * up of float32 [64, 2 * n], gate and up side by side; [64, n]. An exponential and a reciprocal each."""
+    rows, columns = sums.shape
+    result = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.float32, layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=result)
+    def compute(ctx: Any, sums: Any) -> Any:
+        gate, up = sums[:, : columns // 2], sums[:, columns // 2 :]
+        registers = np.empty_like(gate.registers)
+        for place, pair in np.ndenumerate(gate.registers):
+            registers[place] = _swiglu_pair(pair, up.registers[place])
+        return mgpu.FragmentedArray(_registers=registers, _layout=gate.layout, _is_signed=None)
+
+    return compute(sums)
+
+
+def _swiglu_pair(gate: Any, up: Any) -> Any:
+    """silu(gate) * up of vectors of float32. exp(-gate) may be infinite: the result is 0 then, as it should be."""
+    result = llvm.mlir_undef(gate.type)
+    for i in range(ir.VectorType(gate.type).shape[0]):
+        place = arith.constant(ir.IntegerType.get_signless(32), i)
+        g, u = llvm.extractelement(gate, place), llvm.extractelement(up, place)
+        denominator = arith.addf(_approximate("ex2", arith.mulf(g, _constant(-LOG2E))), _constant(1.0))
+        value = arith.mulf(arith.mulf(g, u), _approximate("rcp", denominator))
+        result = llvm.insertelement(result, value, place)
+    return result
+
+
+def _constant(value: float) -> Any:
+    return arith.constant(ir.F32Type.get(), value)
+
+
+def _approximate(function: str, x: Any) -> Any:
+    """The hardware's ex2 or rcp of a float32: 2 ulp, subnormals are 0."""
+    return llvm.inline_asm(ir.F32Type.get(), [x], f"{function}.approx.ftz.f32 $0, $1;", "=f,f", has_side_effects=False)
