@@ -189,8 +189,8 @@ class ModelRunner:
         self._state = self._set_slot(self._state, seq.slot, tokens, len(seq.tokens), seq.prompt_len)
 
 
-def _cost(bucket: Bucket) -> tuple[int, bool]:
-    return bucket.tokens, not bucket.decode
+def _cost(bucket: Bucket) -> tuple[int, bool, int]:
+    return bucket.tokens, not bucket.decode, bucket.rows
 
 
 def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:
