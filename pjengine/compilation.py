@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -28,7 +30,11 @@ K = TypeVar("K", bound=Hashable)
 
 # Options of XLA. The kernels of a CUDA graph stand in line: one with branches takes the host longer to launch.
 IN_LINE: Mapping[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
-CUBLAS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}  # takes all products
+# The same, and a graph ends at every custom call: the device runs one while the host launches the next.
+IN_PIECES: Mapping[str, Any] = {**IN_LINE, "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT"}
+# cuBLAS takes all products. At the level XLA has by default, its trials fill and compare memory while other threads time
+# theirs, and end with products 10 to 20 % slower than those it finds at level 1, which only times (docs/decisions.md).
+CUBLAS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 1}
 _COMPILE_STACK = 64 << 20  # bytes; XLA recurses deeply over unrolled layers
 
 
@@ -58,9 +64,14 @@ class Compilation:
     Loading, tracing and lowering start at once. Compiling waits for `begin`: XLA tries kernels out in the device's
     memory, which would leave holes between arrays that are put there meanwhile. Mosaic kernels are compiled before the
     programs that hold them, a wave at a time: neither gets on while the other is compiled (`kernel_programs`).
+
+    Args:
+      threads: at most so many compile; None: one a core.
     """
 
-    def __init__(self, works: Iterable[Work], store: ExecutableStore, progress: bool = True):
+    def __init__(
+        self, works: Iterable[Work], store: ExecutableStore, progress: bool = True, threads: int | None = None
+    ):
         mosaic = current_target().compute_capability == 90
         self._works: dict[Hashable, Work] = {}
         for work in works:
@@ -78,15 +89,17 @@ class Compilation:
         self._kept = 0
         self._started = time.monotonic()
         self._bar = tqdm(total=len(self._works), desc="Compiling", disable=not progress, leave=False)
-        count = min(len(self._works), os.cpu_count() or 1)
+        count = min(len(self._works), threads or os.cpu_count() or 1)
         self._threads = [threading.Thread(target=self._work, name="compile", daemon=True) for _ in range(count)]
-        self._threads.append(threading.Thread(target=self._prepare, name="lower", daemon=True))
+        lower = threading.Thread(target=self._prepare, name="lower", daemon=True)
         old = threading.stack_size(_COMPILE_STACK)
         try:
-            for thread in self._threads:
+            for thread in (*self._threads, lower):
                 thread.start()
         finally:
             threading.stack_size(old)
+        self._at_exit = functools.partial(_end_threads_of, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def begin(self, keys: Collection[Hashable] | None = None) -> None:
         """Lets these (None: all) be compiled."""
@@ -109,9 +122,7 @@ class Compilation:
         for key in self._works if keys is None else keys:
             self._futures[key].result()
         if self.finished:
-            # A thread that still frees what it compiled would take the process down if that ended now.
-            for thread in self._threads:
-                thread.join()
+            self._end_threads()
 
     @property
     def finished(self) -> bool:
@@ -124,6 +135,14 @@ class Compilation:
             for future in self._futures.values():
                 future.cancel()
             self._close()
+
+    def _end_threads(self) -> None:
+        """A thread that compiles, or frees what it compiled, would take the process down if that ended meanwhile."""
+        if not self.finished:
+            self.cancel()
+        for thread in self._threads:
+            thread.join()
+        atexit.unregister(self._at_exit)
 
     # -- in threads of their own -------------------------------------------------------------------------------------
 
@@ -246,6 +265,11 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _end_threads_of(compilation: weakref.ref[Compilation]) -> None:
+    if (found := compilation()) is not None:
+        found._end_threads()
 
 
 def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:

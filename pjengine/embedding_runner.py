@@ -8,6 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.compilation import CUBLAS, IN_LINE, compile_all
+from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, compile_all
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
@@ -56,19 +57,27 @@ def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) ->
 
 @dataclasses.dataclass(frozen=True)
 class RunningBatch:
-    """Embeddings or logits on their way to the host."""
+    """Embeddings or logits on their way to the host.
 
-    results: Any  # jax.Array, whose `is_ready` its type leaves out
+    Attributes:
+      launched: the results, a jax.Array, and the seconds that the host took to hand the batch to the device.
+    """
+
+    launched: Future[tuple[Any, float]]
     count: int
     bucket_tokens: int
 
     @property
     def done(self) -> bool:
-        return self.results.is_ready()
+        return self.launched.done() and (self.launched.exception() is not None or self.launched.result()[0].is_ready())
+
+    @property
+    def launch_seconds(self) -> float:
+        return self.launched.result()[1]
 
     def read(self) -> np.ndarray:
         """float32 [sequences, the head's size]; waits for the device."""
-        return np.asarray(self.results)[: self.count]
+        return np.asarray(self.launched.result()[0])[: self.count]
 
 
 class EmbeddingRunner:
@@ -121,8 +130,10 @@ class EmbeddingRunner:
             "batches",
             store,
             progress,
-            options=lambda bucket: {**IN_LINE, **(CUBLAS if cublas(bucket) else {})} if gpu else {},
+            # With few tokens the device is faster than the host that launches its kernels.
+            options=lambda bucket: {} if not gpu else {**IN_LINE, **CUBLAS} if cublas(bucket) else IN_PIECES,
         )
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launch")
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)
         self.knee: CurvePoint | None = None
@@ -134,8 +145,13 @@ class EmbeddingRunner:
             logger.info("batches get %d tokens: there the device is saturated", budget, extra={"phase": "knee"})
         self.budget = budget
 
-    def dispatch(self, requests: Sequence[Request]) -> RunningBatch:
-        """Starts a batch of at most `max_rows` requests and `budget` tokens in all; returns at once."""
+    def dispatch(self, requests: Sequence[Request], *, aside: bool = False) -> RunningBatch:
+        """Starts a batch of at most `max_rows` requests and `budget` tokens in all; does not wait for the device.
+
+        Args:
+          aside: launch it from a thread: that takes the host a millisecond or two, in which Python can do other things.
+            Without, a lone batch is sooner on the device; all batches that went aside must have been read by then.
+        """
         lengths = [len(request.prompt_token_ids) for request in requests]
         total = sum(lengths)
         bucket = min(b for b in self._executables if b.tokens >= total and b.rows >= len(lengths))
@@ -152,9 +168,18 @@ class EmbeddingRunner:
                 if request.token_type_ids is not None:
                     v["token_types"][at : at + length] = request.token_type_ids
         v["positions"][:total] = np.arange(total) - np.repeat(starts[: len(lengths)], lengths)
+        if aside:
+            launched = self._launcher.submit(self._launch, bucket, buffer)
+        else:
+            launched = Future()
+            launched.set_result(self._launch(bucket, buffer))
+        return RunningBatch(launched, len(lengths), bucket.tokens)
+
+    def _launch(self, bucket: Bucket, buffer: np.ndarray) -> tuple[Any, float]:
+        started = time.perf_counter()
         results = self._executables[bucket](self._params, buffer)
         results.copy_to_host_async()
-        return RunningBatch(results, len(lengths), bucket.tokens)
+        return results, time.perf_counter() - started
 
     def measure(self) -> list[CurvePoint]:
         """Seconds of full batches of each size, as `measure_curve` takes them."""

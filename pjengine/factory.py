@@ -42,6 +42,8 @@ from pjengine.step_programs import RunnerShape, StepPrograms, cpu_buckets, gpu_b
 
 logger = logging.getLogger(__name__)
 
+_LATE_THREADS = max(1, (os.cpu_count() or 1) // 4)  # that compile while the engine serves
+
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
@@ -192,6 +194,7 @@ def _make_runner(
     plan = _plan(config, model, specs, limits, budget)
     logger.info("memory: %s", plan, extra={"phase": "memory plan"})
     steps = _start_steps(config, model, specs, limits, plan, progress)
+    late: Compilation | None = None
     try:
         params = model.load(config.seed)
         needed = steps.wait(config.eager_buckets)
@@ -206,11 +209,15 @@ def _make_runner(
             plan = again
         room = plan.temporaries - RESERVE if gpu else None
         eos = frozenset(model.source.eos_token_ids)
-        runner = ModelRunner(steps.programs, steps.executables, steps.store, params, eos, room)
+        late = Compilation(steps.programs.late_works(), steps.store, progress=False, threads=_LATE_THREADS)
+        runner = ModelRunner(steps.programs, steps.executables, late, steps.store, params, eos, room)
         logger.info("executables are ready", extra={"phase": "executables"})
         steps.executables.begin()
+        late.begin()
     except BaseException as error:
         steps.executables.cancel()
+        if late is not None:
+            late.cancel()
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             raise OutOfMemory(
                 f"gpu_memory_utilization: the device has less free memory than was planned with ({plan}); end what "

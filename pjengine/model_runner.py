@@ -65,6 +65,7 @@ class ModelRunner:
         self,
         programs: StepPrograms,
         executables: Executables,
+        late: Executables,
         store: ExecutableStore,
         params: Any,
         eos: frozenset[int],
@@ -74,6 +75,7 @@ class ModelRunner:
 
         Args:
           executables: of `programs`; the first of them are ready.
+          late: of its `late_works`, on their way.
           store: of samplers that are compiled when first needed.
           room: bytes that a step may need beside its arguments; buckets that need more are not used; None: no limit.
         Raises:
@@ -91,7 +93,7 @@ class ModelRunner:
         self._set_slot = jax.jit(set_slot, donate_argnums=0)
         self._write_tables = jax.jit(write_tables, donate_argnums=0)
         self._sampling = SamplingTable(shape.slots, eos)
-        self._samplers = Samplers(programs.lower_sampler, executables, store)
+        self._samplers = Samplers(programs.lower_sampler, executables, late, store)
         self._cache = make_cache(programs.cache)
         pages = jax.tree.leaves(programs.cache)
         self.kv_bytes_per_token = sum(x.dtype.itemsize * x.size // x.shape[0] for x in pages) // shape.page_size
@@ -174,7 +176,8 @@ class ModelRunner:
         return fill_forward(batch, bucket, layout, [found[:room] for found in changes], self.programs.shape.slots)
 
     def settle(self) -> None:
-        """Waits for samplers that are being compiled while others stand in for them."""
+        """Waits for all that is being compiled, samplers too while others stand in for them."""
+        self.executables.wait()
         self._samplers.settle()
 
     def _load_slot(self, seq: Seq) -> None:
@@ -186,8 +189,8 @@ class ModelRunner:
         self._state = self._set_slot(self._state, seq.slot, tokens, len(seq.tokens), seq.prompt_len)
 
 
-def _cost(bucket: Bucket) -> tuple[int, bool]:
-    return bucket.tokens, not bucket.decode
+def _cost(bucket: Bucket) -> tuple[int, bool, int]:
+    return bucket.tokens, not bucket.decode, bucket.rows
 
 
 def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:

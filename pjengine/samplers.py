@@ -1,4 +1,5 @@
-"""The sampler's executables: one that can do everything is compiled ahead of time, faster ones when often needed."""
+"""The sampler's executables: those that most requests need are compiled before the engine serves, one that can do
+everything before or soon after, faster ones when they are often needed."""
 
 from __future__ import annotations
 
@@ -29,13 +30,21 @@ class Samplers:
 
     Args:
       lower: traces and lowers a sampler: returns a `jax.stages.Lowered`.
-      executables: of `sampler_works`, those of the row counts that are asked for ready.
+      executables: of `common_works`, those of the row counts that are asked for ready.
+      late: of `rare_works`, on their way.
       store: of the others.
     """
 
-    def __init__(self, lower: Callable[[SamplerKey], Any], executables: Executables, store: ExecutableStore):
+    def __init__(
+        self,
+        lower: Callable[[SamplerKey], Any],
+        executables: Executables,
+        late: Executables,
+        store: ExecutableStore,
+    ):
         self._lower = lower
         self._executables = executables
+        self._late = late
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._coming: dict[SamplerKey, Future[Any]] = {}
@@ -43,21 +52,25 @@ class Samplers:
         self._ready: dict[SamplerKey, Any] = {}
 
     def logprobs(self, rows: int) -> Any:
-        """Compiled `compute_logprobs` for this many rows."""
-        return self._executables[rows].call
+        """Compiled `compute_logprobs` for this many rows, once it is ready."""
+        return self._late[rows].call
 
     def get(self, key: SamplerKey) -> tuple[SamplerKey, Any]:
         """A sampler for the key, or until it is compiled one for a larger key, which gives the same tokens.
 
-        Compiling starts when a key has been asked for often; only one beyond `able` is waited for.
+        Compiling starts when a key has been asked for often; only one beyond `able` is waited for, and `able` itself,
+        in the first seconds of an engine.
         """
         if key not in self._ready:
-            for ahead in (key, able(key.rows)):
-                if (found := self._executables.get(ahead)) is not None:
+            for ahead, source in ((key, self._executables), (able(key.rows), self._late)):
+                if (found := source.get(ahead)) is not None:
                     self._ready[ahead] = found.call
         if key not in self._ready:
             self._asked[key] += 1
             larger = min((k for k in self._ready if k.covers(key)), default=None)
+            if larger is None and able(key.rows).covers(key):
+                larger = able(key.rows)
+                self._ready[larger] = self._late[larger].call
             if larger is None or self._asked[key] >= _OFTEN:
                 self._start(key)
             if larger is not None and (key not in self._coming or not self._coming[key].done()):
@@ -67,6 +80,7 @@ class Samplers:
 
     def settle(self) -> None:
         """Compiles what has been asked for and waits: benchmarks time the samplers that will serve."""
+        self._late.wait()
         for key in self._asked:
             self._start(key)
         for key in list(self._coming):
@@ -93,15 +107,18 @@ def able(rows: int) -> SamplerKey:
     return SamplerKey(rows, max(Variant), penalties=True, biases=256, bad_words=16)
 
 
-def sampler_works(rows: int, vocab_size: int, lower: Callable[[SamplerKey], Any]) -> list[Work]:
-    """What is compiled ahead of time for steps of this many rows: two samplers and, with `rows` for a key,
-    log-probabilities.
+def common_works(rows: int, lower: Callable[[SamplerKey], Any]) -> list[Work]:
+    """What is compiled before steps of this many rows can run: samplers for a temperature alone."""
+    keys = (SamplerKey(rows, Variant.PLAIN), SamplerKey(rows, Variant.GREEDY))
+    return [Work(_WHAT, key, functools.partial(lower, key)) for key in keys]
+
+
+def rare_works(rows: int, vocab_size: int, lower: Callable[[SamplerKey], Any]) -> list[Work]:
+    """What is compiled next for steps of this many rows: the sampler that can do everything and, with `rows` for a key,
+    log-probabilities. Both take far longer to compile than those of `common_works`.
     """
     logprobs = Work(_WHAT, rows, functools.partial(_lower_logprobs, rows, vocab_size))
-    everything, greedy = (
-        Work(_WHAT, key, functools.partial(lower, key)) for key in (able(rows), SamplerKey(rows, Variant.GREEDY))
-    )
-    return [everything, logprobs, greedy]  # the slowest to compile first
+    return [Work(_WHAT, able(rows), functools.partial(lower, able(rows))), logprobs]
 
 
 def _lower_logprobs(rows: int, vocab_size: int) -> Any:

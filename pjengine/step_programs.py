@@ -16,12 +16,13 @@ from pjengine.compilation import CUBLAS, Work
 from pjengine.executables import Executables
 from pjengine.logprobs import Logprobs, compute_logprobs
 from pjengine.sampler import SamplerState, init_state, sample
-from pjengine.samplers import sampler_works
+from pjengine.samplers import common_works, rare_works
 from pjengine.sampling_batch import SamplerKey, sampler_layout, unpack_sampler
 from pjengine.step_inputs import KVCache
 
 _LOGPROB_CHUNK = 64  # prompt positions whose logits exist at once
 DONATED = (1, 2)  # arguments of a forward step: cache, tables
+_PREFILL_ROWS = 64  # that steps with little else than prompts have at most
 _COMPUTE_BOUND = 256  # tokens from which on a step's time grows with them: GEMMs no longer wait for weights
 
 
@@ -47,16 +48,18 @@ class RunnerShape:
     @property
     def step_sizes(self) -> list[int]:
         """Token counts of steps with prompts that waste nothing, where padding costs time."""
-        return [b.tokens for b in self.buckets if not b.decode and b.tokens >= _COMPUTE_BOUND]
+        return sorted({b.tokens for b in self.buckets if not b.decode and b.tokens >= _COMPUTE_BOUND})
 
 
 def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket, ...]:
     """Decode steps of few rows take as long as reading the weights; from 64 rows on they come in steps of 64, then 128.
-    Prompts are cut to the mixed sizes by the scheduler, so those need not be fine.
+    Prompts are cut to the mixed sizes by the scheduler, so those need not be fine. The largest comes with few rows too:
+    the head computes logits for every row of the shape, 0.8 ms of the 8B model's 91 for 512 rows.
     """
     rows = _sizes((1, 8, 32, 64, 128, 192, 256, 384, 512), max_num_seqs, growth=1.5)
     tokens = _sizes((64, 128, 256, 384, 512), max_num_batched_tokens, growth=2)
-    return _buckets(rows, tokens, max_num_seqs)
+    few = [Bucket(tokens[-1], _PREFILL_ROWS, decode=False)] if _PREFILL_ROWS < min(tokens[-1], max_num_seqs) else []
+    return (*_buckets(rows, tokens, max_num_seqs), *few)
 
 
 def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket, ...]:
@@ -98,13 +101,18 @@ class StepPrograms:
         self._sample = jax.jit(_sample_step, donate_argnums=1, static_argnums=3)
 
     def works(self, bucket: Bucket) -> list[Work]:
-        """The executables that a step in this bucket may need, the forward pass first."""
+        """The executables without which no step is run in this bucket, the forward pass first."""
         options = compiler_options(bucket)
         wave = 1 if options else 0  # Triton's products take longest: XLA compiles many to time them
         return [
             Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), options, wave),
-            *sampler_works(bucket.rows, self.shape.vocab_size, self.lower_sampler),
+            *common_works(bucket.rows, self.lower_sampler),
         ]
+
+    def late_works(self) -> list[Work]:
+        """What few steps need: to be compiled while the engine serves already, for few rows first."""
+        rows = sorted({bucket.rows for bucket in self.shape.buckets})
+        return [work for r in rows for work in rare_works(r, self.shape.vocab_size, self.lower_sampler)]
 
     def all_works(self, count: int | None = None) -> list[Work]:
         """Those of the first `count` buckets (None: all), of which two can run any step.
@@ -118,7 +126,10 @@ class StepPrograms:
         return sorted(works, key=lambda work: (work.wave is None, work.wave or 0))
 
     def needed(self, bucket: Bucket, executables: Executables) -> int:
-        """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments."""
+        """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments.
+
+        What is compiled late is left out: its samplers need what `step_temporaries` has counted for them.
+        """
         found = [executables[work.key] for work in self.works(bucket)]
         # Two steps overlap: the outputs of one are alive while the next runs.
         return max(e.temporaries for e in found) + 2 * found[0].outputs

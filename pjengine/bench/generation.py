@@ -102,6 +102,7 @@ def prefill(engine: Engine, count: int, length: int, roofline: Roofline) -> dict
     runs.
     """
     work = items([(length, 1)] * count, engine.info.vocab_size)
+    _runner(engine).settle()
     run(engine, work)
     found = run(engine, work)
     rate = found.prompt_tokens / found.seconds
@@ -116,6 +117,7 @@ def prefill(engine: Engine, count: int, length: int, roofline: Roofline) -> dict
 
 def throughput(engine: Engine, work: list[Item]) -> dict[str, Any]:
     """A whole workload, all requests at once."""
+    _runner(engine).settle()
     found = run(engine, work)
     return {
         "requests": len(work),

@@ -184,7 +184,9 @@ def test_a_step_that_needs_more_than_its_room_is_not_used(caplog: pytest.LogCapt
     assert needed[small] < needed[large]
 
     def again(room: int) -> ModelRunner:
-        return ModelRunner(runner.programs, runner.executables, open_store("", ()), runner.params, frozenset(), room)
+        late = Compilation([], open_store("", ()), progress=False)
+        store = open_store("", ())
+        return ModelRunner(runner.programs, runner.executables, late, store, runner.params, frozenset(), room)
 
     assert again(needed[large]).step_tokens == large.tokens
     assert again(needed[large] - 1).step_tokens == small.tokens
@@ -204,8 +206,16 @@ def test_eager_buckets_is_a_count() -> None:
 )
 def test_buckets_hold_every_step(make: Callable[[int, int], tuple[Bucket, ...]], rows: int, tokens: int) -> None:
     buckets = make(rows, tokens)
-    assert len(set(buckets)) == len(buckets) <= 24
+    assert len(set(buckets)) == len(buckets) <= 25
     decode, mixed = ([b for b in buckets if b.decode is kind] for kind in (True, False))
     assert max(b.rows for b in decode) == rows
     assert max(b.tokens for b in mixed) == tokens
-    assert all(b.rows == min(b.tokens, rows) for b in buckets)
+    assert all(b.rows == b.tokens for b in decode)
+    for size in {b.tokens for b in mixed}:
+        assert max(b.rows for b in mixed if b.tokens == size) == min(size, rows)
+
+
+def test_steps_full_of_prompts_compute_few_rows_of_logits() -> None:
+    buckets = gpu_buckets(512, 4096)
+    assert [b.rows for b in sorted(buckets) if b.tokens == 4096] == [64, 512]
+    assert [b.rows for b in sorted(gpu_buckets(64, 4096)) if b.tokens == 4096] == [64]
