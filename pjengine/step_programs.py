@@ -58,8 +58,9 @@ def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket,
     """
     rows = _sizes((1, 8, 32, 64, 128, 192, 256, 384, 512), max_num_seqs, growth=1.5)
     tokens = _sizes((64, 128, 256, 384, 512), max_num_batched_tokens, growth=2)
-    few = [Bucket(tokens[-1], _PREFILL_ROWS, decode=False)] if _PREFILL_ROWS < min(tokens[-1], max_num_seqs) else []
-    return (*_buckets(rows, tokens, max_num_seqs), *few)
+    few = Bucket(tokens[-1], _PREFILL_ROWS, decode=False)
+    buckets = _buckets(rows, tokens, max_num_seqs)
+    return (*buckets, few) if few.rows < buckets[-1].rows else buckets
 
 
 def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket, ...]:
