@@ -18,17 +18,10 @@ from pjengine.waiting_line import WaitingLine
 
 
 class Batch(Protocol):
-    """A batch on its way.
-
-    Attributes:
-      bucket_tokens: of the compiled shape it runs in.
-      launch_seconds: that the host took to hand it to the device; known once it is done.
-    """
+    """A batch on its way. bucket_tokens: of the compiled shape it runs in."""
 
     @property
     def bucket_tokens(self) -> int: ...
-    @property
-    def launch_seconds(self) -> float: ...
     @property
     def done(self) -> bool:
         """Whether `read` would not wait."""
@@ -58,21 +51,16 @@ class Runner(Protocol):
         """Seconds of full batches of each compiled size."""
         ...
 
-    def dispatch(self, requests: list[Request], *, aside: bool = False) -> Batch:
-        """Starts a batch of at most `max_rows` requests of `budget` tokens in all, or a single longer one.
-
-        Args:
-          aside: launch it from a thread. Without, all that went aside must have been read.
-        """
+    def dispatch(self, requests: list[Request]) -> Batch:
+        """Starts a batch of at most `max_rows` requests of `budget` tokens in all, or a single longer one."""
         ...
 
 
 class _Running(NamedTuple):
-    """A batch on the device. packing: seconds it took; dispatched: when it was packed, by the clock."""
+    """A batch on the device. dispatched: when, by the clock."""
 
     requests: list[Request]
     batch: Batch
-    packing: float
     dispatched: float
 
 
@@ -182,14 +170,15 @@ class EmbeddingEngine:
         began = self._clock()
         entries = self._line.take(self.runner.budget, self.runner.max_rows)
         requests = [entry.request for entry in entries]
-        batch = self.runner.dispatch(requests, aside=self._in_flight is not None)
+        batch = self.runner.dispatch(requests)
         now = self._clock()
+        self._dispatch_seconds += (now - began - self._dispatch_seconds) / 8
         self._steps += 1
         self._padded_tokens += batch.bucket_tokens
         for request, arrival, tokens in entries:
             self._running[request.request_id] = request, arrival, now
             self._prompt_tokens += tokens
-        return _Running(requests, batch, now - began, now)
+        return _Running(requests, batch, now)
 
     def _start(self, running: _Running) -> float:
         """When the device began with a batch: once it was there, and the one before it was done."""
@@ -214,12 +203,9 @@ class EmbeddingEngine:
         return outputs
 
     def _learn(self, running: _Running, now: float) -> None:
-        """How long such a batch takes, and a dispatch. A shorter time of a batch is believed at once: waiting too long
-        leaves the device idle.
-        """
+        """How long such a batch takes. A shorter time is believed at once: waiting too long leaves the device idle."""
         seconds, known = now - self._start(running), self._seconds.get(running.batch.bucket_tokens)
         self._last_end = now
-        self._dispatch_seconds += (running.packing + running.batch.launch_seconds - self._dispatch_seconds) / 8
         if known is not None and seconds > known:
             seconds = known + (seconds - known) / 8
         self._seconds[running.batch.bucket_tokens] = seconds

@@ -8,7 +8,6 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, compile_all
+from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, QUIET_TRIALS, compile_all
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
@@ -37,6 +36,7 @@ _LONG_FROM = 2048
 # Tokens from which on cuBLAS takes all products of a batch: it is at the speed of the tensor cores, and its epilogues
 # spare passes over activations. With few tokens Triton's products that split the inner dimension are faster.
 _CUBLAS_FROM = 2048
+_FULL = {**CUBLAS, **QUIET_TRIALS, **IN_LINE}  # XLA's options for such batches
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
 
 
@@ -57,27 +57,19 @@ def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) ->
 
 @dataclasses.dataclass(frozen=True)
 class RunningBatch:
-    """Embeddings or logits on their way to the host.
+    """Embeddings or logits on their way to the host."""
 
-    Attributes:
-      launched: the results, a jax.Array, and the seconds that the host took to hand the batch to the device.
-    """
-
-    launched: Future[tuple[Any, float]]
+    results: Any  # jax.Array, whose `is_ready` its type leaves out
     count: int
     bucket_tokens: int
 
     @property
     def done(self) -> bool:
-        return self.launched.done() and (self.launched.exception() is not None or self.launched.result()[0].is_ready())
-
-    @property
-    def launch_seconds(self) -> float:
-        return self.launched.result()[1]
+        return self.results.is_ready()
 
     def read(self) -> np.ndarray:
         """float32 [sequences, the head's size]; waits for the device."""
-        return np.asarray(self.launched.result()[0])[: self.count]
+        return np.asarray(self.results)[: self.count]
 
 
 class EmbeddingRunner:
@@ -131,9 +123,8 @@ class EmbeddingRunner:
             store,
             progress,
             # With few tokens the device is faster than the host that launches its kernels.
-            options=lambda bucket: {} if not gpu else {**IN_LINE, **CUBLAS} if cublas(bucket) else IN_PIECES,
+            options=lambda bucket: {} if not gpu else _FULL if cublas(bucket) else IN_PIECES,
         )
-        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launch")
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)
         self.knee: CurvePoint | None = None
@@ -145,13 +136,8 @@ class EmbeddingRunner:
             logger.info("batches get %d tokens: there the device is saturated", budget, extra={"phase": "knee"})
         self.budget = budget
 
-    def dispatch(self, requests: Sequence[Request], *, aside: bool = False) -> RunningBatch:
-        """Starts a batch of at most `max_rows` requests and `budget` tokens in all; does not wait for the device.
-
-        Args:
-          aside: launch it from a thread: that takes the host a millisecond or two, in which Python can do other things.
-            Without, a lone batch is sooner on the device; all batches that went aside must have been read by then.
-        """
+    def dispatch(self, requests: Sequence[Request]) -> RunningBatch:
+        """Starts a batch of at most `max_rows` requests and `budget` tokens in all; returns at once."""
         lengths = [len(request.prompt_token_ids) for request in requests]
         total = sum(lengths)
         bucket = min(b for b in self._executables if b.tokens >= total and b.rows >= len(lengths))
@@ -168,18 +154,9 @@ class EmbeddingRunner:
                 if request.token_type_ids is not None:
                     v["token_types"][at : at + length] = request.token_type_ids
         v["positions"][:total] = np.arange(total) - np.repeat(starts[: len(lengths)], lengths)
-        if aside:
-            launched = self._launcher.submit(self._launch, bucket, buffer)
-        else:
-            launched = Future()
-            launched.set_result(self._launch(bucket, buffer))
-        return RunningBatch(launched, len(lengths), bucket.tokens)
-
-    def _launch(self, bucket: Bucket, buffer: np.ndarray) -> tuple[Any, float]:
-        started = time.perf_counter()
         results = self._executables[bucket](self._params, buffer)
         results.copy_to_host_async()
-        return results, time.perf_counter() - started
+        return RunningBatch(results, len(lengths), bucket.tokens)
 
     def measure(self) -> list[CurvePoint]:
         """Seconds of full batches of each size, as `measure_curve` takes them."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.batch import Bucket, Layout, forward_layout, init_tables, unpack_forward
-from pjengine.compilation import CUBLAS, Work
+from pjengine.compilation import CUBLAS, QUIET_TRIALS, Work
 from pjengine.executables import Executables
 from pjengine.logprobs import Logprobs, compute_logprobs
 from pjengine.sampler import SamplerState, init_state, sample
@@ -22,6 +22,7 @@ from pjengine.step_inputs import KVCache
 
 _LOGPROB_CHUNK = 64  # prompt positions whose logits exist at once
 DONATED = (1, 2)  # arguments of a forward step: cache, tables
+_WAVE = 5  # forward steps: while they compile, the next ones are lowered
 _PREFILL_ROWS = 64  # that steps with little else than prompts have at most
 _COMPUTE_BOUND = 256  # tokens from which on a step's time grows with them: GEMMs no longer wait for weights
 
@@ -104,7 +105,7 @@ class StepPrograms:
     def works(self, bucket: Bucket) -> list[Work]:
         """The executables without which no step is run in this bucket, the forward pass first."""
         options = compiler_options(bucket)
-        wave = 1 if options else 0  # Triton's products take longest: XLA compiles many to time them
+        wave = 1 if options else 0
         return [
             Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), options, wave),
             *common_works(bucket.rows, self.lower_sampler),
@@ -118,13 +119,16 @@ class StepPrograms:
     def all_works(self, count: int | None = None) -> list[Work]:
         """Those of the first `count` buckets (None: all), of which two can run any step.
 
-        In the order in which they are lowered: forward steps first, as nothing else takes as long to lower and compile.
+        In the order in which they are lowered: forward steps first, as nothing else takes as long to lower and compile,
+        and of those the ones with Triton's products, which XLA compiles by the dozen to time them.
         """
         mixed = sorted((b for b in self.shape.buckets if not b.decode), reverse=True)
         decode = sorted((b for b in self.shape.buckets if b.decode), reverse=True)
         wanted = [*mixed[:1], *decode[:1], *mixed[1:], *decode[1:]][:count]
         works = {work.key: work for bucket in wanted for work in self.works(bucket)}.values()
-        return sorted(works, key=lambda work: (work.wave is None, work.wave or 0))
+        triton, cublas, samplers = ([work for work in works if work.wave == wave] for wave in (0, 1, None))
+        waves = [dataclasses.replace(work, wave=1 + i // _WAVE) for i, work in enumerate(cublas)]
+        return [*triton, *waves, *samplers]
 
     def needed(self, bucket: Bucket, executables: Executables) -> int:
         """Bytes that a step in this bucket, whose executables are ready, needs of the device beside its arguments.
@@ -151,9 +155,12 @@ class StepPrograms:
 def compiler_options(bucket: Bucket) -> Mapping[str, Any]:
     """XLA's options for a bucket. With some tens to hundreds of rows XLA prefers Triton products that leave several
     float32 sums for another kernel to add; cuBLAS's are faster than the two together (docs/decisions.md), nothing
-    has to be compiled to time them, and theirs take residuals into their epilogues.
+    has to be compiled to time them, and theirs take residuals into their epilogues. Up to 128 rows products wait for
+    memory, and what XLA does between its trials keeps their weights out of the L2 cache, as they are in a model.
     """
-    return CUBLAS if bucket.tokens > 32 else {}
+    if bucket.tokens <= 32:
+        return {}
+    return CUBLAS if bucket.tokens <= 128 else {**CUBLAS, **QUIET_TRIALS}
 
 
 def forward_function(module: ModuleType, config: Any, shape: RunnerShape) -> Any:

@@ -52,14 +52,14 @@ class _PolicyRunner:
             self.max_rows, self.budget = min(policy.max_rows, room), runner.max_tokens
         self.max_tokens = runner.max_tokens
 
-    def dispatch(self, requests: list[Request], *, aside: bool = False) -> Batch:
+    def dispatch(self, requests: list[Request]) -> Batch:
         if self._padded:
             longest = max(len(request.prompt_token_ids) for request in requests)
             requests = [
                 msgspec.structs.replace(r, prompt_token_ids=(r.prompt_token_ids + [0] * longest)[:longest])
                 for r in requests
             ]
-        return self._runner.dispatch(requests, aside=aside)
+        return self._runner.dispatch(requests)
 
 
 def with_policy(engine: EmbeddingEngine, policy: Policy, longest: int) -> EmbeddingEngine:

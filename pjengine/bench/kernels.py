@@ -24,20 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.bench import report, roofline
-from pjengine.compilation import IN_LINE
 from pjengine.errors import KernelUnavailable
-from pjengine.pallas_kernels import (
-    describe_backends,
-    packed_attention,
-    packed_attention_qkv,
-    paged_attention,
-    rope_write_kv_qkv,
-)
+from pjengine.pallas_kernels import describe_backends, packed_attention, paged_attention, rope_write_kv_qkv
 
 DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
 L2_BYTES = 200_000_000  # caches of a case exceed this together: three times an H200's L2
 CALLS = 32  # of the op inside one jitted function
-PACKED_CALLS = 8  # of packed attention, each on a projection of its own
 REPEATS = 15
 HOST_BOUND = 30e-6  # seconds of a call; shorter ones are timed on the device
 
@@ -147,19 +139,18 @@ def _timer(function: Any, *arguments: Any) -> Timer:
     return functools.partial(_seconds, function.lower(*arguments).compile(), *arguments)
 
 
-def _seconds(function: Callable[..., Any], *arguments: Any, calls: int | None = None) -> float:
-    """Median time of one op in a function that calls it so many times (None: CALLS)."""
-    calls = CALLS if calls is None else calls
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Median time of one op in a function that calls it CALLS times."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         jax.block_until_ready([function(*arguments) for _ in range(3)])
-        times.append((time.perf_counter() - started) / 3 / calls)
+        times.append((time.perf_counter() - started) / 3 / CALLS)
     seconds = statistics.median(times)
     if seconds > HOST_BOUND:
         return seconds
-    return statistics.median(_device_seconds(function, *arguments) for _ in range(5)) / calls
+    return statistics.median(_device_seconds(function, *arguments) for _ in range(5)) / CALLS
 
 
 def _device_seconds(function: Callable[..., Any], *arguments: Any) -> float:
@@ -257,21 +248,8 @@ def packed_timer(
     return _timer(run, q, k, v, starts)
 
 
-def _projection_seconds(lens: Sequence[int], heads: Heads) -> float:
-    """Attention of fused projections, as encoders run it."""
-    starts = jnp.asarray(np.cumsum([0, *lens]), jnp.int32)
-    width = heads.query + 2 * heads.kv
-    qkvs = [_random(i, sum(lens), width, heads.dim) for i in range(PACKED_CALLS)]
-
-    def run(qkvs: list[jax.Array], starts: jax.Array) -> list[jax.Array]:
-        return [packed_attention_qkv(qkv, starts, kv_heads=heads.kv, scale=heads.dim**-0.5) for qkv in qkvs]
-
-    compiled = jax.jit(run).lower(qkvs, starts).compile(compiler_options=dict(IN_LINE))
-    return _seconds(compiled, qkvs, starts, calls=PACKED_CALLS)
-
-
 def _packed_row(case: str, lens: list[int], ceiling: roofline.Roofline, heads: Heads = BGE_LARGE) -> dict[str, Any]:
-    seconds = _projection_seconds(lens, heads)
+    seconds = packed_timer(lens, heads)()
     flops = 4 * heads.query * heads.dim * sum(n * n for n in lens)
     row = _row("packed_attention", case, seconds, ceiling, flops=flops)
     if len(set(lens)) == 1:

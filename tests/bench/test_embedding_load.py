@@ -30,13 +30,13 @@ class Instant:
     def measure(self) -> list[CurvePoint]:
         return [CurvePoint(32, 1e-3), CurvePoint(64, 1e-3), CurvePoint(128, 2e-3)]
 
-    def dispatch(self, requests: list[Request], *, aside: bool = False) -> Done:
+    def dispatch(self, requests: list[Request]) -> Done:
         self.batches.append([len(request.prompt_token_ids) for request in requests])
         return Done(len(requests))
 
 
 class Done:
-    bucket_tokens, done, launch_seconds = 128, True, 0.0
+    bucket_tokens, done = 128, True
 
     def __init__(self, count: int):
         self.count = count

@@ -42,8 +42,7 @@ class Device:
         assert seconds > 0
         self.time += seconds
 
-    def dispatch(self, requests: list[Request], *, aside: bool = False) -> Running:
-        assert aside == any(not batch.was_read for batch in self.batches)
+    def dispatch(self, requests: list[Request]) -> Running:
         sequences = [one.prompt_token_ids for one in requests]
         start = max([self.time, *(batch.end for batch in self.batches[-1:])])
         seconds = max(FLAT, PER_TOKEN * sum(map(len, sequences)))
@@ -57,8 +56,6 @@ class Running:
     sequences: list[list[int]]
     start: float
     end: float
-    launch_seconds: float = 0.0
-    was_read: bool = False
 
     @property
     def bucket_tokens(self) -> int:
@@ -70,7 +67,6 @@ class Running:
 
     def read(self) -> np.ndarray:
         self.device.time = max(self.device.time, self.end)
-        self.was_read = True
         return np.array([[s[0], len(s)] for s in self.sequences], np.float32)
 
 
