@@ -215,10 +215,17 @@ class LLM:
             raise InvalidRequest("queries: this model has no tokenizer, which pairs need", field="queries")
         encoder = PairEncoder(self._source, self.tokenizer, info)
         most = fit_tokens(truncate_prompt_tokens, info)
+        firsts = itertools.accumulate((len(paired) for _, paired in groups[:-1]), initial=0)
         pairs = [
             pair
-            for query, paired in groups
-            for pair in encoder.encode(query, paired, instruction=instruction, max_tokens=most)
+            for i, (query, paired) in zip(firsts, groups, strict=True)
+            for pair in encoder.encode(
+                query,
+                paired,
+                instruction=instruction,
+                max_tokens=most,
+                field="query" if isinstance(queries, str) else f"queries[{i}]",
+            )
         ]
         for i, pair in enumerate(pairs):
             check_prompt(pair.token_ids, info, field=f"documents[{i}]")
@@ -332,18 +339,24 @@ class LLM:
         fields: Sequence[str] | None = None,
     ) -> list[list[int]]:
         """Token ids of each prompt, cut and checked; `fields`: what the user calls each, `prompts[i]` if None."""
-        encoded = self._tokenize(prompts, add_special_tokens, truncate_prompt_tokens)
+        encoded = self._tokenize(prompts, add_special_tokens, truncate_prompt_tokens, fields)
         self._check(encoded, fields)
         return encoded
 
     def _tokenize(
-        self, prompts: Sequence[Prompt], add_special_tokens: bool, truncate_prompt_tokens: int | None
+        self,
+        prompts: Sequence[Prompt],
+        add_special_tokens: bool,
+        truncate_prompt_tokens: int | None,
+        fields: Sequence[str] | None = None,
     ) -> list[list[int]]:
+        fields = fields or [f"prompts[{i}]" for i in range(len(prompts))]
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        names = [field for field, prompt in zip(fields, prompts, strict=True) if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise InvalidRequest("prompts: this model has no tokenizer; give token ids", field="prompts")
         most = fit_tokens(truncate_prompt_tokens, self._engine.info)
-        tokenized = iter(self.tokenizer.encode_batch(texts, add_special_tokens, most) if self.tokenizer else ())
+        tokenized = iter(self.tokenizer.encode_batch(texts, add_special_tokens, most, names) if self.tokenizer else ())
         return [next(tokenized) if isinstance(prompt, str) else list(prompt)[:most] for prompt in prompts]
 
     def _check(self, token_ids: Sequence[list[int]], fields: Sequence[str] | None = None) -> None:

@@ -93,18 +93,24 @@ class Tokenizer:
         Raises:
           InvalidRequest: the text is no valid Unicode (a lone surrogate).
         """
-        _check_unicode([text])
+        _check_unicode(text, "prompt")
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(
-        self, texts: Sequence[str], add_special_tokens: bool = True, max_tokens: int | None = None
+        self,
+        texts: Sequence[str],
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        fields: Sequence[str] | None = None,
     ) -> list[list[int]]:
         """As `encode` for each text, in parallel.
 
         Args:
           max_tokens: a text of more tokens, special ones included, loses its end; the special tokens stay.
+          fields: what the user calls each text, for errors; None: "prompt".
         """
-        _check_unicode(texts)
+        for i, text in enumerate(texts):
+            _check_unicode(text, fields[i] if fields else "prompt")
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         ids = [e.ids for e in encoded]
         if max_tokens is not None:
@@ -124,7 +130,9 @@ class Tokenizer:
         Raises:
           InvalidRequest: a text is no valid Unicode, or the first leaves the second no room.
         """
-        _check_unicode([first, *seconds])
+        _check_unicode(first, field)
+        for text in seconds:
+            _check_unicode(text, "documents")
         head = self.backend.encode(first, add_special_tokens=False)
         bodies = self.backend.encode_batch(list(seconds), add_special_tokens=False)
         if max_tokens is not None:
@@ -200,16 +208,15 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _check_unicode(texts: Sequence[str]) -> None:
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"prompt: not valid Unicode: character {error.start} is the lone surrogate {text[error.start]!a}",
-                field="prompt",
-                code="invalid_unicode",
-            ) from error
+def _check_unicode(text: str, field: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{field}: not valid Unicode: character {error.start} is the lone surrogate {text[error.start]!a}",
+            field=field,
+            code="invalid_unicode",
+        ) from error
 
 
 def _honour_bos_and_eos(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,20 @@ class ServerContext:
 
     async def encode(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; long ones are tokenized in a thread."""
-        return (await self.encode_batch([text], field, add_special_tokens))[0]
+        return (await self.encode_batch([text], [field], add_special_tokens))[0]
 
     async def encode_batch(
-        self, texts: list[str], field: str, add_special_tokens: bool, max_tokens: int | None = None
+        self, texts: list[str], fields: list[str], add_special_tokens: bool, max_tokens: int | None = None
     ) -> list[list[int]]:
-        """Token ids of each text, cut to `max_tokens`; many or long ones are tokenized in a thread."""
-        tokenizer = self.require_tokenizer(field)
+        """Token ids of each text, cut to `max_tokens`; many or long ones are tokenized in a thread.
+
+        Args:
+          fields: what the user calls each text, for errors.
+        """
+        tokenizer = self.require_tokenizer(fields[0])
         if sum(map(len, texts)) < INLINE_CHARACTERS:
-            return tokenizer.encode_batch(texts, add_special_tokens, max_tokens)
-        return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens, max_tokens)
+            return tokenizer.encode_batch(texts, add_special_tokens, max_tokens, fields)
+        return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens, max_tokens, fields)
 
     async def encode_prompts(
         self, given: str | list[Any], field: str, add_special_tokens: bool, max_tokens: int | None = None
@@ -123,11 +128,18 @@ class ServerContext:
         Raises:
           InvalidRequest: there is no prompt in it.
         """
-        given = list_prompts(given, field)
-        if isinstance(given[0], list):
-            return [EncodedPrompt(ids[:max_tokens]) for ids in given]
-        encoded = await self.encode_batch(given, field, add_special_tokens, max_tokens)
-        return [EncodedPrompt(ids, text) for text, ids in zip(given, encoded, strict=True)]
+        prompts = list_prompts(given, field)
+        if isinstance(prompts[0], list):
+            return [EncodedPrompt(ids[:max_tokens]) for ids in prompts]
+        encoded = await self.encode_batch(prompts, prompt_fields(field, given), add_special_tokens, max_tokens)
+        return [EncodedPrompt(ids, text) for text, ids in zip(prompts, encoded, strict=True)]
+
+
+def prompt_fields(field: str, given: str | Sequence[Any]) -> list[str]:
+    """What the user calls each of the prompts in a field: `input[2]`, or `input` where it holds but one."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        return [field]
+    return [f"{field}[{i}]" for i in range(len(given))]
 
 
 def list_prompts(given: str | list[Any], field: str) -> list[Any]:

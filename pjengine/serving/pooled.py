@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -13,13 +13,6 @@ from pjengine.request_checks import check_prompt
 from pjengine.serving.context import ServerContext
 from pjengine.serving.errors import GenerationError
 from pjengine.serving.protocol.base import Usage
-
-
-def prompt_fields(field: str, given: str | Sequence[Any]) -> list[str]:
-    """What the user calls each of the prompts in a field: `input[2]`, or `input` where it holds but one."""
-    if isinstance(given, str) or isinstance(given[0], int):
-        return [field]
-    return [f"{field}[{i}]" for i in range(len(given))]
 
 
 def usage_of(token_ids: Sequence[Sequence[int]]) -> Usage:

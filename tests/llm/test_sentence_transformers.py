@@ -47,6 +47,8 @@ def test_scores_of_pairs(name: str) -> None:
         with pytest.raises(InvalidRequest, match=r"documents\[1\]: \d+ tokens, but the model's window of"):
             llm.score("a", ["b", "c " * 200], use_tqdm=False)
         assert llm.score("a", ["b", "c " * 200], use_tqdm=False, truncate_prompt_tokens=-1).shape == (2,)
+        with pytest.raises(InvalidRequest, match=r"queries\[1\]: \d+ tokens .* no room for a document"):
+            llm.score(["a", "b " * 200], ["c", "d"], use_tqdm=False, truncate_prompt_tokens=-1)
         with pytest.raises(ConfigError, match="cannot embed; use classify, score or rerank"):
             llm.embed("a")
         for wrong in (-1, "2", 1.5, True):

@@ -200,6 +200,9 @@ def test_lone_surrogates_are_refused(text: str) -> None:
         ) as caught:
             encode()
         assert caught.value.field == "prompt"
+    with pytest.raises(InvalidRequest, match=r"input\[1\]: not valid Unicode") as caught:
+        TINY.encode_batch(["fine", text], fields=["input[0]", "input[1]"])
+    assert caught.value.field == "input[1]"
 
 
 @pytest.mark.parametrize("token_ids", [[-1], [2**40]])

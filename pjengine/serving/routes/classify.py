@@ -9,8 +9,8 @@ from starlette.responses import Response
 
 from pjengine.activations import activate
 from pjengine.prompts import fit_tokens
-from pjengine.serving.context import ServerContext
-from pjengine.serving.pooled import prompt_fields, run_pooled, usage_of
+from pjengine.serving.context import ServerContext, prompt_fields
+from pjengine.serving.pooled import run_pooled, usage_of
 from pjengine.serving.protocol.scoring import Classification, ClassifyRequest, ClassifyResponse
 from pjengine.serving.responses import json_response
 

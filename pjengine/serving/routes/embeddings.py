@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from pjengine.matryoshka import check_dimensions, shorten
 from pjengine.prompts import fit_tokens, with_prompt
-from pjengine.serving.context import ServerContext, list_prompts
-from pjengine.serving.pooled import prompt_fields, run_pooled, usage_of
+from pjengine.serving.context import ServerContext, list_prompts, prompt_fields
+from pjengine.serving.pooled import run_pooled, usage_of
 from pjengine.serving.protocol.embeddings import EmbeddingRequest
 from pjengine.serving.responses import arrays_response
 

@@ -15,8 +15,8 @@ from pjengine.errors import InvalidRequest
 from pjengine.pairs import PairTokens
 from pjengine.prompts import fit_tokens, with_prompt
 from pjengine.scoring import check_scorer, cosine_scores, group_pairs, logit_scores, ranking
-from pjengine.serving.context import ServerContext
-from pjengine.serving.pooled import prompt_fields, run_pooled, usage_of
+from pjengine.serving.context import ServerContext, prompt_fields
+from pjengine.serving.pooled import run_pooled, usage_of
 from pjengine.serving.protocol.base import Usage
 from pjengine.serving.protocol.scoring import (
     PairRequest,
