@@ -84,7 +84,7 @@ class Compilation:
         self._compiling: set[Hashable] = set()
         self._kernels_known: set[bytes] = set()
         self._kernels_running: Counter[int | None] = Counter()  # by wave
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an engine may be collected, and cancel this, wherever memory is allocated
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: a thread ends
         self._kept = 0
         self._started = time.monotonic()
@@ -132,6 +132,8 @@ class Compilation:
     def cancel(self) -> None:
         """Starts nothing more."""
         with self._lock:
+            if self.finished:
+                return
             for future in self._futures.values():
                 future.cancel()
             self._close()

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import time
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -214,6 +215,8 @@ def _make_runner(
         logger.info("executables are ready", extra={"phase": "executables"})
         steps.executables.begin()
         late.begin()
+        for compilation in (steps.executables, late):
+            weakref.finalize(runner, compilation.cancel)  # nobody needs what an engine that is gone would have had
     except BaseException as error:
         steps.executables.cancel()
         if late is not None:

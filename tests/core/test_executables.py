@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -219,3 +220,12 @@ def test_steps_full_of_prompts_compute_few_rows_of_logits() -> None:
     buckets = gpu_buckets(512, 4096)
     assert [b.rows for b in sorted(buckets) if b.tokens == 4096] == [64, 512]
     assert [b.rows for b in sorted(gpu_buckets(64, 4096)) if b.tokens == 4096] == [64]
+
+
+def test_an_engine_that_is_gone_compiles_nothing_more() -> None:
+    made = engine()
+    assert isinstance(made.runner, ModelRunner)
+    late = made.runner._samplers._late
+    del made
+    gc.collect()
+    assert late.finished
