@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +37,7 @@ _LONG_FROM = 2048
 # spare passes over activations. With few tokens Triton's products that split the inner dimension are faster.
 _CUBLAS_FROM = 2048
 _FULL = {**CUBLAS, **QUIET_TRIALS, **IN_LINE}  # XLA's options for such batches
+_MOST_TOKENS = 8192  # of a batch whose size is measured: larger shapes are for single long texts
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
 
 
@@ -53,6 +54,14 @@ def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) ->
     if gpu and window >= _LONG_FROM:
         buckets += [Bucket(size, min(max_rows, size // _LONG), False) for size in sizes if size >= _LONG_FROM]
     return sorted(set(buckets))
+
+
+def timed_sizes(buckets: Iterable[Bucket]) -> dict[int, int]:
+    """Of the sizes in tokens that a batch's budget may be, the most rows. Throughput of a model with a long window still
+    grows a little where a batch takes ten times as long as anyone wants to wait.
+    """
+    rows = {bucket.tokens: bucket.rows for bucket in sorted(buckets)}
+    return {tokens: rows[tokens] for tokens in rows if tokens <= max(_MOST_TOKENS, min(rows))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +169,7 @@ class EmbeddingRunner:
 
     def measure(self) -> list[CurvePoint]:
         """Seconds of full batches of each size, as `measure_curve` takes them."""
-        rows = {bucket.tokens: bucket.rows for bucket in sorted(self._executables)}  # of a size, the most
+        rows = timed_sizes(self._executables)
 
         def timed(size: int, batches: int) -> float:
             count = min(rows[size], max(1, size // _TIMED_LENGTH))

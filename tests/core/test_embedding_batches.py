@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjengine.embedding_engine import EmbeddingEngine
+from pjengine.embedding_runner import embedding_buckets, timed_sizes
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.request import Output, Request
@@ -262,3 +263,12 @@ def test_batches_that_take_long_are_not_measured() -> None:
         CurvePoint(128, 1.28),
     ]
     assert [size for size, _ in timed if size >= 128] == [128, 128]
+
+
+def test_a_window_longer_than_a_batch_leaves_the_budget_alone() -> None:
+    short, long = (embedding_buckets(max(8192, window), 1024, window, gpu=True) for window in (512, 32768))
+    assert max(b.tokens for b in long) == 32768
+    assert list(timed_sizes(long)) == list(timed_sizes(short))
+    assert timed_sizes(long)[8192] == 1024
+    (only,) = embedding_buckets(16, 4, 16, gpu=True)
+    assert timed_sizes([dataclasses.replace(only, tokens=32768)]) == {32768: 4}
