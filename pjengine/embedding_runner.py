@@ -57,8 +57,8 @@ def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) ->
 
 
 def timed_sizes(buckets: Iterable[Bucket]) -> dict[int, int]:
-    """Of the sizes in tokens that a batch's budget may be, the most rows. Throughput of a model with a long window still
-    grows a little where a batch takes ten times as long as anyone wants to wait.
+    """The sizes in tokens that a batch's budget may be, with the most rows of each. A model with a long window computes
+    a little more per second in batches that take ten times as long as anyone wants to wait.
     """
     rows = {bucket.tokens: bucket.rows for bucket in sorted(buckets)}
     return {tokens: rows[tokens] for tokens in rows if tokens <= max(_MOST_TOKENS, min(rows))}

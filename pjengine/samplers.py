@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pjengine.compilation import Work
 from pjengine.executables import Executable, Executables, ExecutableStore
 from pjengine.logprobs import compute_logprobs
+from pjengine.pallas_kernels.backends import current_target
 from pjengine.sampler import Variant
 from pjengine.sampling_batch import SamplerKey
 
@@ -108,8 +109,11 @@ def able(rows: int) -> SamplerKey:
 
 
 def common_works(rows: int, lower: Callable[[SamplerKey], Any]) -> list[Work]:
-    """What is compiled before steps of this many rows can run: samplers for a temperature alone."""
-    keys = (SamplerKey(rows, Variant.PLAIN), SamplerKey(rows, Variant.GREEDY))
+    """What is compiled before steps of this many rows can run: samplers for a temperature alone; on a CPU only argmax,
+    because the one that can do everything is there soon enough.
+    """
+    variants = (Variant.PLAIN, Variant.GREEDY) if current_target().platform == "gpu" else (Variant.GREEDY,)
+    keys = [SamplerKey(rows, variant) for variant in variants]
     return [Work(_WHAT, key, functools.partial(lower, key)) for key in keys]
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pjengine import samplers
 from pjengine.compilation import Compilation
 from pjengine.executables import open_store
+from pjengine.pallas_kernels.backends import Target
 from pjengine.sampler import Variant
 from pjengine.samplers import Samplers, able, common_works, rare_works
 from pjengine.sampling_batch import SamplerKey
@@ -65,6 +67,11 @@ class Compiler:
         found, compiled = self.samplers.get(key)
         assert compiled.key == found
         return found
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
 
 
 @pytest.fixture

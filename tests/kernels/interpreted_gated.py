@@ -30,6 +30,5 @@ def check(tokens: int, hidden: int, mlp: int, *, sms: int, group: int) -> None:
 
 
 if __name__ == "__main__":
-    check(384, 128, 256, sms=2, group=2)  # groups of two rows and of one; fewer steps than stages
-    check(256, 320, 256, sms=3, group=4)  # an SM with more tiles than another
-    check(128, 64, 128, sms=2, group=4)  # one step, one tile: an SM with nothing to do
+    check(384, 128, 128, sms=4, group=2)  # groups of two rows and of one; fewer steps than stages; an SM with no tile
+    check(256, 256, 256, sms=3, group=4)  # an SM with more tiles than another
