@@ -55,6 +55,10 @@ class Executables(Protocol):
         """Until all of them are ready."""
         ...
 
+    def cancel(self) -> None:
+        """Starts nothing more."""
+        ...
+
 
 class ExecutableStore:
     """Serialized executables of one program in one setting. Skips tracing, lowering and compiling on later starts.

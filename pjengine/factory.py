@@ -158,6 +158,11 @@ class _Steps:
     executables: Compilation
     store: ExecutableStore
 
+    def compile_late(self) -> Compilation:
+        late = Compilation(self.programs.late_works(), self.store, progress=False, threads=_LATE_THREADS)
+        late.begin()
+        return late
+
     def wait(self, buckets: int | None) -> int:
         """Until the first buckets (None: all) are ready. Returns: bytes that a step in one of them needs at most."""
         keys = [work.key for work in self.programs.all_works(buckets)]
@@ -195,7 +200,6 @@ def _make_runner(
     plan = _plan(config, model, specs, limits, budget)
     logger.info("memory: %s", plan, extra={"phase": "memory plan"})
     steps = _start_steps(config, model, specs, limits, plan, progress)
-    late: Compilation | None = None
     try:
         params = model.load(config.seed)
         needed = steps.wait(config.eager_buckets)
@@ -210,17 +214,14 @@ def _make_runner(
             plan = again
         room = plan.temporaries - RESERVE if gpu else None
         eos = frozenset(model.source.eos_token_ids)
-        late = Compilation(steps.programs.late_works(), steps.store, progress=False, threads=_LATE_THREADS)
-        runner = ModelRunner(steps.programs, steps.executables, late, steps.store, params, eos, room)
+        runner = ModelRunner(steps.programs, steps.executables, steps.compile_late, steps.store, params, eos, room)
         logger.info("executables are ready", extra={"phase": "executables"})
         steps.executables.begin()
-        late.begin()
-        for compilation in (steps.executables, late):
-            weakref.finalize(runner, compilation.cancel)  # nobody needs what an engine that is gone would have had
+        weakref.finalize(runner, steps.executables.cancel)
+        if gpu:  # a CPU has no cores to spare
+            runner.compile_late()
     except BaseException as error:
         steps.executables.cancel()
-        if late is not None:
-            late.cancel()
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             raise OutOfMemory(
                 f"gpu_memory_utilization: the device has less free memory than was planned with ({plan}); end what "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,7 +65,7 @@ class ModelRunner:
         self,
         programs: StepPrograms,
         executables: Executables,
-        late: Executables,
+        late: Callable[[], Executables],
         store: ExecutableStore,
         params: Any,
         eos: frozenset[int],
@@ -75,7 +75,7 @@ class ModelRunner:
 
         Args:
           executables: of `programs`; the first of them are ready.
-          late: of its `late_works`, on their way.
+          late: starts compiling its `late_works`.
           store: of samplers that are compiled when first needed.
           room: bytes that a step may need beside its arguments; buckets that need more are not used; None: no limit.
         Raises:
@@ -174,6 +174,10 @@ class ModelRunner:
                 surplus[g, : len(part)] = part
             self._tables = self._write_tables(self._tables, list(surplus))
         return fill_forward(batch, bucket, layout, [found[:room] for found in changes], self.programs.shape.slots)
+
+    def compile_late(self) -> None:
+        """Has what few steps need compiled, while others run; without, it is compiled when first needed."""
+        self._samplers.compile_late()
 
     def settle(self) -> None:
         """Waits for all that is being compiled, samplers too while others stand in for them."""

@@ -1,10 +1,11 @@
 """The sampler's executables: those that most requests need are compiled before the engine serves, one that can do
-everything before or soon after, faster ones when they are often needed."""
+everything soon after, faster ones when they are often needed."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 from pjengine.compilation import Work
 from pjengine.executables import Executable, Executables, ExecutableStore
 from pjengine.logprobs import compute_logprobs
-from pjengine.pallas_kernels.backends import current_target
 from pjengine.sampler import Variant
 from pjengine.sampling_batch import SamplerKey
 
@@ -32,7 +32,7 @@ class Samplers:
     Args:
       lower: traces and lowers a sampler: returns a `jax.stages.Lowered`.
       executables: of `common_works`, those of the row counts that are asked for ready.
-      late: of `rare_works`, on their way.
+      late: starts compiling `rare_works`; called when one of them is needed, or by `compile_late`.
       store: of the others.
     """
 
@@ -40,38 +40,44 @@ class Samplers:
         self,
         lower: Callable[[SamplerKey], Any],
         executables: Executables,
-        late: Executables,
+        late: Callable[[], Executables],
         store: ExecutableStore,
     ):
         self._lower = lower
         self._executables = executables
-        self._late = late
+        self._start_late = late
+        self._late: Executables | None = None
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._coming: dict[SamplerKey, Future[Any]] = {}
         self._asked: Counter[SamplerKey] = Counter()
         self._ready: dict[SamplerKey, Any] = {}
 
+    def compile_late(self) -> Executables:
+        """Has what few steps need compiled, while others run."""
+        if self._late is None:
+            self._late = self._start_late()
+            weakref.finalize(self, self._late.cancel)  # nobody needs what an engine that is gone would have had
+        return self._late
+
     def logprobs(self, rows: int) -> Any:
         """Compiled `compute_logprobs` for this many rows, once it is ready."""
-        return self._late[rows].call
+        return self.compile_late()[rows].call
 
     def get(self, key: SamplerKey) -> tuple[SamplerKey, Any]:
         """A sampler for the key, or until it is compiled one for a larger key, which gives the same tokens.
 
-        Compiling starts when a key has been asked for often; only one beyond `able` is waited for, and `able` itself,
-        in the first seconds of an engine.
+        Compiling starts when a key has been asked for often; only one beyond `able` is waited for, and `able` itself
+        where it is not there yet.
         """
-        if key not in self._ready:
-            for ahead, source in ((key, self._executables), (able(key.rows), self._late)):
-                if (found := source.get(ahead)) is not None:
-                    self._ready[ahead] = found.call
+        if key not in self._ready and (found := self._executables.get(key)) is not None:
+            self._ready[key] = found.call
         if key not in self._ready:
             self._asked[key] += 1
             larger = min((k for k in self._ready if k.covers(key)), default=None)
             if larger is None and able(key.rows).covers(key):
                 larger = able(key.rows)
-                self._ready[larger] = self._late[larger].call
+                self._ready[larger] = self.compile_late()[larger].call
             if larger is None or self._asked[key] >= _OFTEN:
                 self._start(key)
             if larger is not None and (key not in self._coming or not self._coming[key].done()):
@@ -81,7 +87,8 @@ class Samplers:
 
     def settle(self) -> None:
         """Compiles what has been asked for and waits: benchmarks time the samplers that will serve."""
-        self._late.wait()
+        if self._late is not None:
+            self._late.wait()
         for key in self._asked:
             self._start(key)
         for key in list(self._coming):
@@ -109,11 +116,8 @@ def able(rows: int) -> SamplerKey:
 
 
 def common_works(rows: int, lower: Callable[[SamplerKey], Any]) -> list[Work]:
-    """What is compiled before steps of this many rows can run: samplers for a temperature alone; on a CPU only argmax,
-    because the one that can do everything is there soon enough.
-    """
-    variants = (Variant.PLAIN, Variant.GREEDY) if current_target().platform == "gpu" else (Variant.GREEDY,)
-    keys = [SamplerKey(rows, variant) for variant in variants]
+    """What is compiled before steps of this many rows can run: samplers for a temperature alone."""
+    keys = (SamplerKey(rows, Variant.PLAIN), SamplerKey(rows, Variant.GREEDY))
     return [Work(_WHAT, key, functools.partial(lower, key)) for key in keys]
 
 

@@ -40,6 +40,9 @@ class IdleExecutables:
     def wait(self) -> None:
         pass
 
+    def cancel(self) -> None:
+        pass
+
     def get(self, key: Hashable) -> Executable:
         return self[key]
 
@@ -83,7 +86,7 @@ def host(config: EngineConfig, batch: int, steps: int, params: SamplingParams) -
         backend="reference",
     )
     programs = StepPrograms(module, model, None, KVCache((), ()), shape)
-    runner = ModelRunner(programs, IdleExecutables(), IdleExecutables(), open_store("", ()), None, frozenset())
+    runner = ModelRunner(programs, IdleExecutables(), IdleExecutables, open_store("", ()), None, frozenset())
     pages = 2 + batch * -(-(longest + _WARM_UP + steps) // limits.page_size)
     cache = KVCacheManager([CacheGroup(pages, w) for w in windows], limits.page_size, config.enable_prefix_caching)
     info = EngineInfo(config.model, "generate", model.vocab_size, limits.window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 from collections.abc import Callable
@@ -185,8 +186,8 @@ def test_a_step_that_needs_more_than_its_room_is_not_used(caplog: pytest.LogCapt
     assert needed[small] < needed[large]
 
     def again(room: int) -> ModelRunner:
-        late = Compilation([], open_store("", ()), progress=False)
         store = open_store("", ())
+        late = functools.partial(Compilation, [], store, progress=False)
         return ModelRunner(runner.programs, runner.executables, late, store, runner.params, frozenset(), room)
 
     assert again(needed[large]).step_tokens == large.tokens
@@ -225,7 +226,7 @@ def test_steps_full_of_prompts_compute_few_rows_of_logits() -> None:
 def test_an_engine_that_is_gone_compiles_nothing_more() -> None:
     made = engine()
     assert isinstance(made.runner, ModelRunner)
-    late = made.runner._samplers._late
+    late = made.runner._samplers.compile_late()
     del made
     gc.collect()
     assert late.finished

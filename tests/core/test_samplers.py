@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pjengine import samplers
 from pjengine.compilation import Compilation
 from pjengine.executables import open_store
-from pjengine.pallas_kernels.backends import Target
 from pjengine.sampler import Variant
 from pjengine.samplers import Samplers, able, common_works, rare_works
 from pjengine.sampling_batch import SamplerKey
@@ -49,7 +47,7 @@ class Compiler:
         self.late = Compilation([work for rows in (1, 8) for work in rare_works(rows, 50, self._lower)], store, False)
         ahead.begin()
         ahead.wait()
-        self.samplers = Samplers(self._lower, ahead, self.late, store)
+        self.samplers = Samplers(self._lower, ahead, lambda: self.late, store)
         self.go.clear()
 
     def all_ready(self) -> Compiler:
@@ -67,11 +65,6 @@ class Compiler:
         found, compiled = self.samplers.get(key)
         assert compiled.key == found
         return found
-
-
-@pytest.fixture(autouse=True)
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samplers, "current_target", lambda: Target("gpu", 90, 132, "NVIDIA H200"))
 
 
 @pytest.fixture

@@ -30,5 +30,5 @@ def check(tokens: int, hidden: int, mlp: int, *, sms: int, group: int) -> None:
 
 
 if __name__ == "__main__":
-    check(384, 128, 128, sms=4, group=2)  # groups of two rows and of one; fewer steps than stages; an SM with no tile
-    check(256, 256, 256, sms=3, group=4)  # an SM with more tiles than another
+    # Groups of two rows of tiles and of one, SMs with more tiles than others, more steps than stages.
+    check(384, 256, 256, sms=4, group=2)
