@@ -105,7 +105,7 @@ class StepPrograms:
     def works(self, bucket: Bucket) -> list[Work]:
         """The executables without which no step is run in this bucket, the forward pass first."""
         options = compiler_options(bucket)
-        wave = 1 if options else 0
+        wave = 1 if options else 0  # Triton's products first; `all_works` cuts the others into waves
         return [
             Work("forward steps", bucket, functools.partial(self.lower_forward, bucket), options, wave),
             *common_works(bucket.rows, self.lower_sampler),

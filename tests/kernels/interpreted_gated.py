@@ -32,3 +32,4 @@ def check(tokens: int, hidden: int, mlp: int, *, sms: int, group: int) -> None:
 if __name__ == "__main__":
     # Groups of two rows of tiles and of one, SMs with more tiles than others, more steps than stages.
     check(384, 256, 256, sms=4, group=2)
+    check(128, 64, 128, sms=2, group=4)  # one step, one tile: an SM with nothing to do
