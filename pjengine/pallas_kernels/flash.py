@@ -57,8 +57,10 @@ class Ring:
             copy(name, smem.at[slot], full.at[slot])
 
 
-def ring_scratch(stages: int, block: int, head_dim: int, dtype: Any, copies: int) -> dict[str, Any]:
-    """Scratch for a Ring; copies: arrivals that make a stage full."""
+def ring_scratch(
+    stages: int, block: int, head_dim: int, dtype: Any, copies: int, readers: int = COMPUTE_WARPGROUPS
+) -> dict[str, Any]:
+    """Scratch for a Ring; copies: arrivals that make a stage full, readers: arrivals that make it free."""
 
     def barrier(arrivals: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
@@ -68,8 +70,8 @@ def ring_scratch(stages: int, block: int, head_dim: int, dtype: Any, copies: int
         "v": tiled_smem((stages, block, head_dim), dtype),
         "k_full": barrier(copies),
         "v_full": barrier(copies),
-        "k_free": barrier(COMPUTE_WARPGROUPS),
-        "v_free": barrier(COMPUTE_WARPGROUPS),
+        "k_free": barrier(readers),
+        "v_free": barrier(readers),
     }
 
 

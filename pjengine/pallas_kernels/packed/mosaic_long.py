@@ -1,8 +1,9 @@
 """Packed attention of long sequences on Hopper: FlashAttention without padding, in Pallas Mosaic GPU.
 
-A work item is a tile of up to 128 consecutive tokens (plan.py) of one head. It reads the keys from its first token's
-sequence to its last token's; what a token sees of them is a range, so that blocks between the borders of a sequence
-run unmasked. The grid is persistent.
+A work item is a tile of up to 64 consecutive tokens per computing warpgroup (plan.py), of one head. It reads the keys
+from its first token's sequence to its last token's once for all warpgroups; each computes with those blocks that its
+own tokens see. What a token sees is a range, so that blocks between the borders of a sequence run unmasked. The
+warpgroups go at paces of their own: one's softmax passes behind the products of the others. The grid is persistent.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,92 +19,130 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.flash import (
-    COMPUTE_WARPGROUPS,
-    TILE,
-    Ring,
-    State,
-    initial_state,
-    ring_scratch,
-    take_turn,
-)
+from pjengine.pallas_kernels.flash import Ring, ring_scratch
+from pjengine.pallas_kernels.flash_joint import SLACK, State, Turns, first_block, last_values, next_block
 from pjengine.pallas_kernels.mosaic_common import (
+    MASKED,
     TILE_ROWS,
     clear_rows_from,
+    column,
     launch,
     load_whole,
     scaled_exp2,
+    tile,
     tiled_smem,
 )
 from pjengine.pallas_kernels.packed.operands import PackedOperands
 from pjengine.pallas_kernels.packed.plan import GRANULE, PackedPlan
 from pjengine.pallas_kernels.packed.tiles import in_units, mask_unless, store_tile
 from pjengine.pallas_kernels.specs import AttentionSpec
+from pjengine.pallas_kernels.tile_softmax import PARTS, add_parts, rescale_if_needed
 
 SHARED_BYTES = 224 * 1024
 MOST_STAGES = 8
+TILE_COLUMNS = 8  # of a plan's rows, before those of the parts
+# Registers a thread: (copying, computing) for as many computing warpgroups. Together no more than a launch allots,
+# 64 Ki by threads, cut to a multiple of 8.
+REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
+
+Columns = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class LongConfig:
-    """Tuning of the kernel: KV tokens per step, blocks in flight, streaming multiprocessors of the device."""
+    """Tuning of the kernel: KV tokens per step, blocks in flight, streaming multiprocessors of the device, computing
+    warpgroups per SM. joint: products of two blocks leave together; turns: the two warpgroups take turns.
+    """
 
     block: int
     stages: int
     sms: int
+    warpgroups: int = 2
+    joint: bool = False
+    turns: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Queries per work item."""
+        return self.warpgroups * TILE_ROWS
 
 
-def long_config(spec: AttentionSpec, sms: int) -> LongConfig:
+def long_config(
+    spec: AttentionSpec, sms: int, block: int = 128, warpgroups: int = 2, joint: bool = False, turns: bool = False
+) -> LongConfig:
     """Blocks of 128 keys where registers and shared memory allow it."""
-    block = 128 if spec.head_dim <= 128 else 64
+    block = block if spec.head_dim <= 128 else 64
     row = spec.head_dim * jnp.dtype(spec.dtype).itemsize
-    return LongConfig(block, min(MOST_STAGES, (SHARED_BYTES - 2 * TILE * row) // (2 * block * row)), sms)
+    stages = min(MOST_STAGES, (SHARED_BYTES - 2 * warpgroups * TILE_ROWS * row) // (2 * block * row))
+    return LongConfig(block, stages, sms, warpgroups, joint, turns)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))
 def long_attention(
     operands: PackedOperands, plan: PackedPlan, *, spec: AttentionSpec, scale: float, config: LongConfig
 ) -> jax.Array:
-    """Attention of a plan with tiles of TILE and blocks of config.block: [T, heads, head_dim]."""
+    """Attention of a plan with tiles of config.rows in config.warpgroups parts: [T, heads, head_dim]."""
+    warpgroups = config.warpgroups
     (out,) = launch(
         functools.partial(_kernel, heads_at=operands.heads_at, spec=spec, scale=scale, config=config),
         (*operands.arrays, plan.ranges, plan.tiles),
         out_type=(operands.out_type,),
         scratch=dict(
-            q_smem=tiled_smem((2, COMPUTE_WARPGROUPS, TILE_ROWS, spec.head_dim), operands.dtype),
-            q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            turns=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            **ring_scratch(config.stages, config.block, spec.head_dim, operands.dtype, copies=1),
+            q_smem=tiled_smem((2, warpgroups, TILE_ROWS, spec.head_dim), operands.dtype),
+            q_full=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2),
+            q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2),
+            turn_barriers=plgpu.Barrier(num_barriers=2),
+            **ring_scratch(config.stages, config.block, spec.head_dim, operands.dtype, copies=1, readers=warpgroups),
         ),
         grid={"sm": config.sms},
-        warpgroups=COMPUTE_WARPGROUPS + 1,
+        warpgroups=warpgroups + 1,
         name="packed_attention_long",
     )
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """One work item inside the kernel: a tile of one head. All are int32 scalars.
+class _Tile(NamedTuple):
+    """One tile inside the kernel, as plan.py describes it. All are int32 scalars."""
 
-    Attributes:
-      lap: how many items this SM had before; step: KV blocks it had before.
-      head: which query head; base: token of the tile's first row.
-      first, last: rows of the tile's first token and past its last.
-      key: first key to read; blocks: how many; whole_begin, whole_end: those that every token sees whole.
-    """
-
-    lap: jax.Array
-    step: jax.Array
-    head: jax.Array
-    base: jax.Array
     first: jax.Array
     last: jax.Array
     key: jax.Array
     blocks: jax.Array
+
+
+class _Part(NamedTuple):
+    """A warpgroup's part of a tile: blocks that any of its tokens sees, those that all of them see."""
+
+    begin: jax.Array
+    end: jax.Array
     whole_begin: jax.Array
     whole_end: jax.Array
+
+
+class _NoTurns(NamedTuple):
+    def wait(self) -> None: ...
+
+    def hand_over(self) -> None: ...
+
+
+class _Weights(NamedTuple):
+    """How scores become weights; stands in for flash_joint.Scores."""
+
+    scale: float
+    soft_cap: float | None
+
+    def weigh(
+        self, qk: jax.Array, top: jax.Array, total: jax.Array, mask: Columns, dtype: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        scores, factor = in_units(qk, self.scale, self.soft_cap)
+        scores = mask(scores)
+        block_top = scores.max(axis=1) * factor
+        new_top = jnp.where(block_top > top + SLACK, block_top, top)
+        rescale = jnp.exp2(top - new_top)
+        weights = scaled_exp2(scores, factor, new_top, 0)
+        total = add_parts(total * lax.broadcast_in_dim(rescale, total.shape, [0]), weights)
+        total, narrow = lax.optimization_barrier((total, weights.astype(dtype)))
+        return new_top, total, narrow, rescale
 
 
 def _kernel(
@@ -111,7 +150,7 @@ def _kernel(
     q_smem: Any,
     q_full: Any,
     q_free: Any,
-    turns: Any,
+    turn_barriers: Any,
     heads_at: tuple[int, int, int],
     spec: AttentionSpec,
     scale: float,
@@ -122,107 +161,154 @@ def _kernel(
     q_ref, k_ref, v_ref = sources if len(sources) == 3 else sources * 3
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
     ring = Ring(**ring_refs)
+    block = config.block
+    copy_registers, compute_registers = REGISTERS[config.warpgroups]
     real_tokens, count = (tiles_ref[0, i] for i in (6, 7))
     items = count * spec.heads
+    laps = lax.div(items - sm + (config.sms - 1), jnp.int32(config.sms))
 
-    def for_each_item(body: Callable[[_Item], None]) -> None:
-        """Calls body for every work item of this SM, in the same order in every warpgroup."""
+    def row_of(lap: jax.Array) -> jax.Array:
+        return jnp.minimum(lax.div(sm + lap * config.sms, jnp.int32(spec.heads)), tiles_ref.shape[0] - 1)
 
-        def read(lap: jax.Array) -> tuple[jax.Array, ...]:
-            tile = lax.div(sm + lap * config.sms, jnp.int32(spec.heads))
-            return tuple(tiles_ref[jnp.minimum(tile, tiles_ref.shape[0] - 1), i] for i in range(6))
+    def read(lap: jax.Array) -> _Tile:
+        row = row_of(lap)
+        return _Tile(*(tiles_ref[row, i] for i in range(4)))
 
-        def one(lap: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            step, (first, last, key, blocks, *whole) = carry
-            following = read(lap + 1)
-            head = lax.rem(sm + lap * config.sms, jnp.int32(spec.heads))
-            base = lax.div(first, jnp.int32(GRANULE)) * GRANULE
-            body(_Item(lap, step, head, base, first - base, last - base, key, blocks, *whole))
-            return step + blocks, following
+    def read_part(lap: jax.Array) -> _Part:
+        row = row_of(lap)
+        return _Part(*(tiles_ref[row, TILE_COLUMNS + 4 * wg + i] for i in range(4)))
 
-        laps = lax.div(items - sm + (config.sms - 1), jnp.int32(config.sms))
-        lax.fori_loop(0, laps, one, (jnp.int32(0), read(jnp.int32(0))))
+    def head_of(lap: jax.Array) -> jax.Array:
+        return lax.rem(sm + lap * config.sms, jnp.int32(spec.heads))
 
-    @pl.when(wg == COMPUTE_WARPGROUPS)
+    @pl.when(wg == config.warpgroups)
     def _copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(copy_registers, action="decrease")
 
-        def process(item: _Item) -> None:
-            q_slot = lax.rem(item.lap, jnp.int32(2))
-
-            @pl.when(item.lap >= 2)
-            def _() -> None:
-                plgpu.barrier_wait(q_free.at[q_slot])
-
-            for i in range(COMPUTE_WARPGROUPS):
-                source = q_ref.at[pl.ds(item.base + i * TILE_ROWS, TILE_ROWS), heads_at[0] + item.head]
+        def process(lap: jax.Array, carry: tuple[jax.Array, _Tile]) -> tuple[jax.Array, _Tile]:
+            step, item = carry
+            following = read(lap + 1)
+            q_slot, head = lax.rem(lap, jnp.int32(2)), head_of(lap)
+            pl.when(lap >= 2)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
+            for i in range(config.warpgroups):
+                source = q_ref.at[pl.ds(_aligned(item.first) + i * TILE_ROWS, TILE_ROWS), heads_at[0] + head]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, i], q_full.at[q_slot])
-            kv_head = lax.div(item.head, jnp.int32(spec.group))
+            kv_head = lax.div(head, jnp.int32(spec.group))
 
             @pl.loop(0, item.blocks)
             def _(i: jax.Array) -> None:
-                rows = pl.ds(item.key + i * config.block, config.block)
+                rows = pl.ds(item.key + i * block, block)
 
                 def copy(name: str, smem: Any, barrier: Any) -> None:
                     ref, at = (k_ref, heads_at[1]) if name == "k" else (v_ref, heads_at[2])
                     plgpu.copy_gmem_to_smem(ref.at[rows, at + kv_head], smem, barrier)
 
-                ring.fill(item.step + i, copy)
+                ring.fill(step + i, copy)
 
-        for_each_item(process)
+            return step + item.blocks, following
 
-    @pl.when(wg < COMPUTE_WARPGROUPS)
+        lax.fori_loop(0, laps, process, (jnp.int32(0), read(jnp.int32(0))))
+
+    @pl.when(wg < config.warpgroups)
     def _compute() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(compute_registers, action="increase")
+        turns: Any = Turns(turn_barriers, wg) if config.turns else _NoTurns()
+        weights = _Weights(scale, spec.soft_cap)
 
-        def process(item: _Item) -> None:
-            q_slot = lax.rem(item.lap, jnp.int32(2))
-            token = item.base + wg * TILE_ROWS
+        def seen_by(item: _Tile) -> tuple[jax.Array, ...]:
+            """First and end of the keys that each row sees."""
+            rows = pl.ds(_aligned(item.first) + wg * TILE_ROWS, TILE_ROWS)
             vector = plgpu.Layout.WGMMA.reduce(1)
-            begin, end = (
-                load_whole(ranges_ref.at[i, pl.ds(token, TILE_ROWS)], vector, optimized=False) for i in range(2)
-            )
-            plgpu.barrier_wait(q_full.at[q_slot])
+            return tuple(load_whole(ranges_ref.at[i, rows], vector, optimized=False) for i in range(2))
 
-            def attend(i: jax.Array, state: State) -> State:
+        def process(lap: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            step, item, part, (low, high), following, following_part = carry
+            later, later_part = read(lap + 2), read_part(lap + 2)
+            seen_next = seen_by(following)
+            q_slot = lax.rem(lap, jnp.int32(2))
+            queries = q_smem.at[q_slot, wg]
+            if config.turns:  # both take all turns
+                part = part._replace(begin=jnp.int32(0), end=item.blocks)
+
+            def pass_by(i: jax.Array) -> None:
+                slot = lax.rem(step + i, jnp.int32(config.stages))
+                for full, free in ((ring.k_full, ring.k_free), (ring.v_full, ring.v_free)):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+            def mask_of(i: jax.Array) -> Columns:
+                whole = (i >= part.whole_begin) & (i < part.whole_end)
+                first_key = item.key + i * block
+                return lambda scores: mask_unless(whole, scores, low - first_key, high - first_key)
+
+            def tokens_of(i: jax.Array) -> jax.Array:
+                return real_tokens - (item.key + i * block)
+
+            def attend(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 acc, top, total = state
-                slot, first_key = lax.rem(item.step + i, jnp.int32(config.stages)), item.key + i * config.block
+                slot = lax.rem(step + i, jnp.int32(config.stages))
                 plgpu.barrier_wait(ring.k_full.at[slot])
 
                 def multiply(acc_ref: Any) -> jax.Array:
-                    plgpu.wgmma(acc_ref, q_smem.at[q_slot, wg], ring.k.at[slot].transpose((1, 0)))
-                    take_turn(turns)
+                    plgpu.wgmma(acc_ref, queries, ring.k.at[slot].transpose((1, 0)))
                     return acc_ref[...]
 
-                scores = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, config.block), jnp.float32))
+                scores = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, block), jnp.float32))
                 plgpu.barrier_arrive(ring.k_free.at[slot])
-                scores, factor = in_units(scores, scale, spec.soft_cap)
-                whole = (i >= item.whole_begin) & (i < item.whole_end)
-                scores = mask_unless(whole, scores, begin - first_key, end - first_key)
-                new_top = jnp.maximum(top, scores.max(axis=1))
-                rescale = jnp.exp2((top - new_top) * factor)
-                weights = scaled_exp2(scores, factor, new_top * factor, 0)
-                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                total = total * rescale + weights.sum(axis=1)
-                weights = weights.astype(ring.v.dtype)
-                acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-                plgpu.barrier_arrive(turns)
+                top, total, narrow, rescale = weights.weigh(scores, top, total, mask_of(i), ring.v.dtype)
+                acc = rescale_if_needed(acc, rescale)
                 plgpu.barrier_wait(ring.v_full.at[slot])
-                # Both warpgroups clear, each before it reads: they write equal bytes.
-                clear_rows_from(ring.v.at[slot], real_tokens - first_key)
-                plgpu.barrier_wait(turns)
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, ring.v.at[slot]))(plgpu.ACC.init(acc))
+                clear_rows_from(ring.v.at[slot], tokens_of(i))
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, narrow, ring.v.at[slot]))(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(ring.v_free.at[slot])
-                return acc, new_top, total
+                return acc, top, total
 
-            acc, _, total = lax.fori_loop(0, item.blocks, attend, initial_state(spec.head_dim))
-            inverse = 1.0 / jnp.where(total == 0, 1.0, total)  # padding tokens see nothing
-            acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            target, skipped = out_ref.at[pl.ds(token, TILE_ROWS), item.head], wg * TILE_ROWS
-            values = acc.astype(out_ref.dtype)
-            store_tile(q_smem.at[q_slot, wg], target, values, item.first - skipped, item.last - skipped)
+            def attend_joint(i: jax.Array, state: State) -> State:
+                state = next_block(queries, ring, turns, step + i, state, weights, mask_of(i))  # type: ignore[arg-type]
+                clear_rows_from(ring.v.at[lax.rem(step + i, jnp.int32(config.stages))], tokens_of(i))
+                return state
+
+            plgpu.barrier_wait(q_full.at[q_slot])
+            pl.loop(0, part.begin)(pass_by)
+
+            @pl.when(part.begin < part.end)
+            def _() -> None:
+                if config.joint:
+                    state = first_block(
+                        queries,
+                        ring,
+                        turns,
+                        step + part.begin,
+                        weights,  # type: ignore[arg-type]
+                        mask_of(part.begin),  # type: ignore[arg-type]
+                        None,
+                        tokens_of(part.begin),
+                        spec.head_dim,
+                    )
+                    state = lax.fori_loop(part.begin + 1, part.end, attend_joint, state)
+                    acc, _, total = last_values(ring, turns, step + part.end - 1, state)
+                else:
+                    start = (tile(0, spec.head_dim), column(MASKED), tile(0, PARTS))
+                    acc, _, parts = lax.fori_loop(part.begin, part.end, attend, start)
+                    total = parts.sum(axis=1)
+                pl.loop(part.end, item.blocks)(pass_by)
+                inverse = 1.0 / jnp.where(total == 0, 1.0, total)  # padding tokens see nothing
+                acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+                token = _aligned(item.first) + wg * TILE_ROWS
+                target = out_ref.at[pl.ds(token, TILE_ROWS), head_of(lap)]
+                store_tile(queries, target, acc.astype(out_ref.dtype), item.first - token, item.last - token)
+
             plgpu.barrier_arrive(q_free.at[q_slot])
+            return step + item.blocks, following, following_part, seen_next, later, later_part
 
-        pl.when(wg == 1)(functools.partial(take_turn, turns))
-        for_each_item(process)
-        pl.when(wg == 0)(functools.partial(take_turn, turns))
+        if config.turns:
+            pl.when(wg == 1)(turns.hand_over)  # the first turn is the other's
+        zero, one = jnp.int32(0), jnp.int32(1)
+        first = read(zero)
+        lax.fori_loop(
+            0, laps, process, (zero, first, read_part(zero), seen_by(first), read(one), read_part(one))
+        )
+
+
+def _aligned(token: jax.Array) -> jax.Array:
+    return lax.div(token, jnp.int32(GRANULE)) * GRANULE

@@ -35,7 +35,16 @@ class PackedPlan:
     tiles: jax.Array
 
 
-def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, rows: int, block: int) -> PackedPlan:
+def packed_plan(
+    query_starts: jax.Array,
+    tokens: int,
+    spec: AttentionSpec,
+    *,
+    rows: int,
+    block: int,
+    parts: int = 0,
+    at_borders: bool = True,
+) -> PackedPlan:
     """Cuts the batch into tiles of at most `rows` queries that read blocks of `block` keys.
 
     A tile ends with a sequence wherever one ends within its rows: short sequences then meet no keys but those of their
@@ -55,8 +64,13 @@ def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, ro
     if spec.causal:
         end = jnp.minimum(end, token + 1)
 
-    cuts = tile_cuts(query_starts, tokens, rows)
+    if at_borders:
+        cuts = tile_cuts(query_starts, tokens, rows)
+    else:
+        cuts = jnp.minimum(jnp.arange(-(-tokens // rows) + 1, dtype=jnp.int32) * rows, tokens)
     first, last = cuts[:-1], cuts[1:]
+    ranges = jnp.stack([begin, end]).astype(jnp.int32)
+    begin, end = (jnp.where(real, x, total) for x in (begin, end))
     # Both ends of what a token sees grow from token to token: the first and the last of a tile tell for all.
     final = jnp.maximum(last - 1, 0)
     lowest = begin[first] // GRANULE * GRANULE
@@ -67,8 +81,41 @@ def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, ro
     whole_end = jnp.clip((end[first] - lowest) // block, whole_begin, blocks)
     count = (first < tokens).sum(dtype=jnp.int32)
     for_all = (jnp.broadcast_to(x, first.shape) for x in (total, count))
-    tiles = jnp.stack([first, last, lowest, blocks, whole_begin, whole_end, *for_all], axis=1)
-    return PackedPlan(jnp.stack([begin, end]).astype(jnp.int32), tiles.astype(jnp.int32))
+    columns = [first, last, lowest, blocks, whole_begin, whole_end, *for_all]
+    for part in range(parts):
+        size = rows // parts
+        low = jnp.maximum(first, first // GRANULE * GRANULE + part * size)
+        high = jnp.minimum(last, first // GRANULE * GRANULE + (part + 1) * size)
+        columns += _blocks_of_part(begin, end, low, high, lowest, blocks, block)
+    tiles = jnp.stack(columns, axis=1)
+    return PackedPlan(ranges, tiles.astype(jnp.int32))
+
+
+def _blocks_of_part(
+    begin: jax.Array,
+    end: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    lowest: jax.Array,
+    blocks: jax.Array,
+    block: int,
+) -> list[jax.Array]:
+    """First and end of the blocks that any of a tile's tokens [low, high) sees, and of those that all of them see.
+
+    No blocks where the part has no tokens; one, seen by none, where the tokens see nothing.
+    """
+    filled = low < high
+    final = jnp.maximum(high - 1, 0)
+    used_begin = (begin[low] - lowest) // block
+    used_end = -(-(end[final] - lowest) // block)
+    nothing = filled & (end[low] == begin[low])
+    used_begin = jnp.where(nothing, 0, jnp.where(filled, used_begin, blocks))
+    used_end = jnp.where(nothing, 1, jnp.where(filled, used_end, blocks))
+    whole_begin = jnp.where(
+        nothing, used_end, jnp.clip(-(-(begin[final] - lowest) // block), used_begin, used_end)
+    )
+    whole_end = jnp.clip((end[low] - lowest) // block, whole_begin, used_end)
+    return [used_begin, used_end, whole_begin, whole_end]
 
 
 def tile_cuts(query_starts: jax.Array, tokens: int, rows: int) -> jax.Array:
