@@ -28,7 +28,8 @@ State = tuple[jax.Array, jax.Array, jax.Array]  # accumulator [64, head_dim], ru
 class Ring:
     """K and V blocks in flight: shared memory [stages, block, head_dim] each, and a barrier per stage.
 
-    full: the copy has landed; free: every compute warpgroup is done with it.
+    full: the copy has landed; free: every compute warpgroup is done with it. Where several rings lie in one array, this
+    one begins at stage `base` and has `size` stages; None: all of them.
     """
 
     k: Any
@@ -37,14 +38,20 @@ class Ring:
     v_full: Any
     k_free: Any
     v_free: Any
+    base: Any = 0
+    size: int | None = None
 
     @property
     def stages(self) -> int:
-        return self.k.shape[0]
+        return self.size or self.k.shape[0]
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        """The place of block number `step`."""
+        return self.base + lax.rem(step, jnp.int32(self.stages))
 
     def fill(self, step: jax.Array, copy: Callable[[str, Any, Any], None]) -> None:
         """Calls copy("k" or "v", shared memory, barrier) for block number `step` as soon as its place is free."""
-        slot = lax.rem(step, jnp.int32(self.stages))
+        slot = self.slot(step)
         for name, smem, full, free in (
             ("k", self.k, self.k_full, self.k_free),
             ("v", self.v, self.v_full, self.v_free),

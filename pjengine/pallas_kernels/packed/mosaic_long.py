@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjengine.pallas_kernels.flash import Ring, ring_scratch
-from pjengine.pallas_kernels.flash_joint import SLACK, State, Turns, first_block, last_values, next_block
+from pjengine.pallas_kernels.flash_joint import SLACK, State, first_block, last_values, next_block
 from pjengine.pallas_kernels.mosaic_common import (
     MASKED,
     TILE_ROWS,
@@ -43,7 +43,7 @@ MOST_STAGES = 8
 TILE_COLUMNS = 8  # of a plan's rows, before those of the parts
 # Registers a thread: (copying, computing) for as many computing warpgroups. Together no more than a launch allots,
 # 64 Ki by threads, cut to a multiple of 8.
-REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
+REGISTERS = {(1, 2): (40, 232), (1, 3): (32, 160), (1, 4): (32, 112), (2, 2): (32, 104)}
 
 Columns = Callable[[jax.Array], jax.Array]
 
@@ -60,6 +60,9 @@ class LongConfig:
     warpgroups: int = 2
     joint: bool = False
     turns: bool = False
+    chained: bool = False
+    teams: int = 1
+    at_borders: bool = False
 
     @property
     def rows(self) -> int:
@@ -68,13 +71,14 @@ class LongConfig:
 
 
 def long_config(
-    spec: AttentionSpec, sms: int, block: int = 128, warpgroups: int = 2, joint: bool = False, turns: bool = False
+    spec: AttentionSpec, sms: int, block: int = 128, warpgroups: int = 2, joint: bool = False, turns: bool = False,
+    teams: int = 1, chained: bool = False, at_borders: bool = False,
 ) -> LongConfig:
     """Blocks of 128 keys where registers and shared memory allow it."""
     block = block if spec.head_dim <= 128 else 64
     row = spec.head_dim * jnp.dtype(spec.dtype).itemsize
-    stages = min(MOST_STAGES, (SHARED_BYTES - 2 * warpgroups * TILE_ROWS * row) // (2 * block * row))
-    return LongConfig(block, stages, sms, warpgroups, joint, turns)
+    stages = min(MOST_STAGES, (SHARED_BYTES // teams - 2 * warpgroups * TILE_ROWS * row) // (2 * block * row))
+    return LongConfig(block, stages, sms, warpgroups, joint, turns, chained, teams, at_borders)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))
@@ -82,20 +86,20 @@ def long_attention(
     operands: PackedOperands, plan: PackedPlan, *, spec: AttentionSpec, scale: float, config: LongConfig
 ) -> jax.Array:
     """Attention of a plan with tiles of config.rows in config.warpgroups parts: [T, heads, head_dim]."""
-    warpgroups = config.warpgroups
+    warpgroups, teams = config.warpgroups, config.teams
     (out,) = launch(
         functools.partial(_kernel, heads_at=operands.heads_at, spec=spec, scale=scale, config=config),
         (*operands.arrays, plan.ranges, plan.tiles),
         out_type=(operands.out_type,),
         scratch=dict(
-            q_smem=tiled_smem((2, warpgroups, TILE_ROWS, spec.head_dim), operands.dtype),
-            q_full=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2),
-            q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2),
-            turn_barriers=plgpu.Barrier(num_barriers=2),
-            **ring_scratch(config.stages, config.block, spec.head_dim, operands.dtype, copies=1, readers=warpgroups),
+            q_smem=tiled_smem((2 * teams, warpgroups, TILE_ROWS, spec.head_dim), operands.dtype),
+            q_full=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2 * teams),
+            q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2 * teams),
+            turn_barriers=plgpu.Barrier(num_barriers=warpgroups * teams),
+            **ring_scratch(config.stages * teams, config.block, spec.head_dim, operands.dtype, copies=1, readers=warpgroups),
         ),
         grid={"sm": config.sms},
-        warpgroups=warpgroups + 1,
+        warpgroups=(warpgroups + 1) * teams,
         name="packed_attention_long",
     )
     return out
@@ -117,6 +121,21 @@ class _Part(NamedTuple):
     end: jax.Array
     whole_begin: jax.Array
     whole_end: jax.Array
+
+
+class _RoundTurns(NamedTuple):
+    """The order at the tensor cores: a barrier per warpgroup of a team, at which the one before it arrives."""
+
+    barriers: Any
+    base: Any
+    wg: jax.Array
+    warpgroups: int
+
+    def wait(self) -> None:
+        plgpu.barrier_wait(self.barriers.at[self.base + self.wg])
+
+    def hand_over(self) -> None:
+        plgpu.barrier_arrive(self.barriers.at[self.base + lax.rem(self.wg + 1, jnp.int32(self.warpgroups))])
 
 
 class _NoTurns(NamedTuple):
@@ -159,16 +178,20 @@ def _kernel(
 ) -> None:
     *sources, ranges_ref, tiles_ref, out_ref = refs
     q_ref, k_ref, v_ref = sources if len(sources) == 3 else sources * 3
-    wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
-    ring = Ring(**ring_refs)
+    thread, sm = lax.axis_index("wg"), lax.axis_index("sm")
+    copies = thread >= config.teams * config.warpgroups
+    team = jnp.where(copies, thread - config.teams * config.warpgroups, lax.div(thread, jnp.int32(config.warpgroups)))
+    wg = lax.rem(thread, jnp.int32(config.warpgroups))  # of the team; of a computing one
+    worker, workers = sm + team * config.sms, config.sms * config.teams
+    ring = Ring(**ring_refs, base=team * config.stages, size=config.stages)
     block = config.block
-    copy_registers, compute_registers = REGISTERS[config.warpgroups]
+    copy_registers, compute_registers = REGISTERS[config.teams, config.warpgroups]
     real_tokens, count = (tiles_ref[0, i] for i in (6, 7))
     items = count * spec.heads
-    laps = lax.div(items - sm + (config.sms - 1), jnp.int32(config.sms))
+    laps = lax.div(items - worker + (workers - 1), jnp.int32(workers))
 
     def row_of(lap: jax.Array) -> jax.Array:
-        return jnp.minimum(lax.div(sm + lap * config.sms, jnp.int32(spec.heads)), tiles_ref.shape[0] - 1)
+        return jnp.minimum(lax.div(worker + lap * workers, jnp.int32(spec.heads)), tiles_ref.shape[0] - 1)
 
     def read(lap: jax.Array) -> _Tile:
         row = row_of(lap)
@@ -179,16 +202,16 @@ def _kernel(
         return _Part(*(tiles_ref[row, TILE_COLUMNS + 4 * wg + i] for i in range(4)))
 
     def head_of(lap: jax.Array) -> jax.Array:
-        return lax.rem(sm + lap * config.sms, jnp.int32(spec.heads))
+        return lax.rem(worker + lap * workers, jnp.int32(spec.heads))
 
-    @pl.when(wg == config.warpgroups)
+    @pl.when(copies)
     def _copy() -> None:
         plgpu.set_max_registers(copy_registers, action="decrease")
 
         def process(lap: jax.Array, carry: tuple[jax.Array, _Tile]) -> tuple[jax.Array, _Tile]:
             step, item = carry
             following = read(lap + 1)
-            q_slot, head = lax.rem(lap, jnp.int32(2)), head_of(lap)
+            q_slot, head = team * 2 + lax.rem(lap, jnp.int32(2)), head_of(lap)
             pl.when(lap >= 2)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
             for i in range(config.warpgroups):
                 source = q_ref.at[pl.ds(_aligned(item.first) + i * TILE_ROWS, TILE_ROWS), heads_at[0] + head]
@@ -209,29 +232,37 @@ def _kernel(
 
         lax.fori_loop(0, laps, process, (jnp.int32(0), read(jnp.int32(0))))
 
-    @pl.when(wg < config.warpgroups)
+    @pl.when(~copies)
     def _compute() -> None:
         plgpu.set_max_registers(compute_registers, action="increase")
-        turns: Any = Turns(turn_barriers, wg) if config.turns else _NoTurns()
+        turns: Any = _NoTurns()
+        if config.turns:
+            turns = _RoundTurns(turn_barriers, team * config.warpgroups, wg, config.warpgroups)
         weights = _Weights(scale, spec.soft_cap)
 
-        def seen_by(item: _Tile) -> tuple[jax.Array, ...]:
-            """First and end of the keys that each row sees."""
-            rows = pl.ds(_aligned(item.first) + wg * TILE_ROWS, TILE_ROWS)
+        def first_of(lap: jax.Array) -> jax.Array:
+            return tiles_ref[row_of(lap), 0]
+
+        def seen_by(first: jax.Array) -> tuple[jax.Array, ...]:
+            """First and end of the keys that each row of a tile sees."""
+            rows = pl.ds(_aligned(first) + wg * TILE_ROWS, TILE_ROWS)
             vector = plgpu.Layout.WGMMA.reduce(1)
             return tuple(load_whole(ranges_ref.at[i, rows], vector, optimized=False) for i in range(2))
 
         def process(lap: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            step, item, part, (low, high), following, following_part = carry
-            later, later_part = read(lap + 2), read_part(lap + 2)
-            seen_next = seen_by(following)
-            q_slot = lax.rem(lap, jnp.int32(2))
+            step, item, part, (low, high), next_first = carry
+            # Loads for the next item, one of them for the one after it: none is waited for.
+            following, later_first, seen_next = (read(lap + 1), read_part(lap + 1)), first_of(lap + 2), seen_by(next_first)
+            q_slot = team * 2 + lax.rem(lap, jnp.int32(2))
             queries = q_smem.at[q_slot, wg]
-            if config.turns:  # both take all turns
+            if config.turns and config.joint:  # both take all turns
                 part = part._replace(begin=jnp.int32(0), end=item.blocks)
 
             def pass_by(i: jax.Array) -> None:
-                slot = lax.rem(step + i, jnp.int32(config.stages))
+                slot = ring.slot(step + i)
+                if config.chained:
+                    turns.wait()
+                    turns.hand_over()
                 for full, free in ((ring.k_full, ring.k_free), (ring.v_full, ring.v_free)):
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.barrier_arrive(free.at[slot])
@@ -246,7 +277,7 @@ def _kernel(
 
             def attend(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 acc, top, total = state
-                slot = lax.rem(step + i, jnp.int32(config.stages))
+                slot = ring.slot(step + i)
                 plgpu.barrier_wait(ring.k_full.at[slot])
 
                 def multiply(acc_ref: Any) -> jax.Array:
@@ -263,9 +294,70 @@ def _kernel(
                 plgpu.barrier_arrive(ring.v_free.at[slot])
                 return acc, top, total
 
+            def clear(i: jax.Array) -> None:
+                slot = ring.slot(step + i)
+                plgpu.barrier_wait(ring.v_full.at[slot])
+                clear_rows_from(ring.v.at[slot], tokens_of(i))
+
+            def chain_first(i: jax.Array) -> State:
+                slot = ring.slot(step + i)
+                plgpu.barrier_wait(ring.k_full.at[slot])
+                turns.wait()
+
+                def multiply(acc_ref: Any) -> jax.Array:
+                    plgpu.wgmma(acc_ref, queries, ring.k.at[slot].transpose((1, 0)))
+                    turns.hand_over()
+                    return acc_ref[...]
+
+                scores = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, block), jnp.float32))
+                plgpu.barrier_arrive(ring.k_free.at[slot])
+                top, total, narrow, _ = weights.weigh(
+                    scores, column(MASKED), tile(0, PARTS), mask_of(i), ring.v.dtype
+                )
+                clear(i)
+                return tile(0, spec.head_dim), top, total, narrow
+
+            def chain_next(i: jax.Array, state: State) -> State:
+                slot, before = ring.slot(step + i), ring.slot(step + i - 1)
+                acc, top, total, narrow = state
+                plgpu.barrier_wait(ring.k_full.at[slot])
+                turns.wait()
+
+                def products(refs: Any) -> None:
+                    acc_ref, result_ref = refs
+
+                    def multiply(scores_ref: Any) -> jax.Array:
+                        plgpu.wgmma(acc_ref, narrow, ring.v.at[before])
+                        plgpu.wgmma(scores_ref, queries, ring.k.at[slot].transpose((1, 0)))
+                        turns.hand_over()
+                        return scores_ref[...]
+
+                    result_ref[...] = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, block), jnp.float32))
+
+                acc, scores = pl.run_state(products)((plgpu.ACC.init(acc), tile(0, block)))
+                plgpu.barrier_arrive(ring.v_free.at[before])
+                plgpu.barrier_arrive(ring.k_free.at[slot])
+                top, total, narrow, rescale = weights.weigh(scores, top, total, mask_of(i), ring.v.dtype)
+                acc = rescale_if_needed(acc, rescale)
+                clear(i)
+                return acc, top, total, narrow
+
+            def chain_last(i: jax.Array, state: State) -> tuple[jax.Array, ...]:
+                slot = ring.slot(step + i)
+                acc, top, total, narrow = state
+                turns.wait()
+
+                def products(acc_ref: Any) -> None:
+                    plgpu.wgmma(acc_ref, narrow, ring.v.at[slot])
+                    turns.hand_over()
+
+                acc = pl.run_state(products)(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(ring.v_free.at[slot])
+                return acc, top, total.sum(axis=1)
+
             def attend_joint(i: jax.Array, state: State) -> State:
                 state = next_block(queries, ring, turns, step + i, state, weights, mask_of(i))  # type: ignore[arg-type]
-                clear_rows_from(ring.v.at[lax.rem(step + i, jnp.int32(config.stages))], tokens_of(i))
+                clear_rows_from(ring.v.at[ring.slot(step + i)], tokens_of(i))
                 return state
 
             plgpu.barrier_wait(q_full.at[q_slot])
@@ -273,7 +365,10 @@ def _kernel(
 
             @pl.when(part.begin < part.end)
             def _() -> None:
-                if config.joint:
+                if config.chained:
+                    state = lax.fori_loop(part.begin + 1, part.end, chain_next, chain_first(part.begin))
+                    acc, _, total = chain_last(part.end - 1, state)
+                elif config.joint:
                     state = first_block(
                         queries,
                         ring,
@@ -298,15 +393,22 @@ def _kernel(
                 target = out_ref.at[pl.ds(token, TILE_ROWS), head_of(lap)]
                 store_tile(queries, target, acc.astype(out_ref.dtype), item.first - token, item.last - token)
 
+            if config.chained:
+
+                @pl.when(part.begin >= part.end)
+                def _() -> None:
+                    turns.wait()
+                    turns.hand_over()
+
             plgpu.barrier_arrive(q_free.at[q_slot])
-            return step + item.blocks, following, following_part, seen_next, later, later_part
+            return step + item.blocks, *following, seen_next, later_first
 
         if config.turns:
-            pl.when(wg == 1)(turns.hand_over)  # the first turn is the other's
+            pl.when(wg == config.warpgroups - 1)(turns.hand_over)  # the first turn is the other's
         zero, one = jnp.int32(0), jnp.int32(1)
         first = read(zero)
         lax.fori_loop(
-            0, laps, process, (zero, first, read_part(zero), seen_by(first), read(one), read_part(one))
+            0, laps, process, (zero, first, read_part(zero), seen_by(first.first), first_of(one))
         )
 
 
