@@ -1,0 +1,99 @@
+"""Per-thread code that normalises and rotates heads of q and k; only for use inside `plgpu.inline_mgpu`.
+
+A piece of a head is what one thread holds of it: 8 elements of the first half and the 8 of the second that they turn
+with, a vector of 16 bytes each. The threads that hold a head are neighbours, so that they add its squares by shuffles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pjengine.pallas_kernels.head_sizes import PIECE, VECTOR
+from pjengine.pallas_kernels.registers import Int32, assembly, far_pointer, int32, pointer, words
+
+Piece = list[Any]  # two vectors
+
+
+def load_piece(ref: Any, head: Int32, column: Int32, head_dim: int) -> Piece:
+    """Piece `column` of head number `head` of ref [heads, head_dim], with any axes before."""
+    kind = ir.VectorType.get((VECTOR,), ir.MemRefType(ref.type).element_type)
+    return [llvm.load(kind, place) for place in _places(ref, head, column, head_dim)]
+
+
+def store_piece(piece: Piece, ref: Any, head: Int32, column: Int32, head_dim: int) -> None:
+    """The counterpart of `load_piece`."""
+    for half, place in zip(piece, _places(ref, head, column, head_dim), strict=True):
+        llvm.store(half, place)
+
+
+def _places(ref: Any, head: Int32, column: Int32, head_dim: int) -> list[Any]:
+    half = head_dim  # bytes, of 16-bit elements
+    return [far_pointer(ref, head, 2 * half, column * (2 * VECTOR) + i * half) for i in (0, 1)]
+
+
+def load_weights(choose_first: Any, first: Any, second: Any, column: Int32, head_dim: int) -> Piece:
+    """The weights [head_dim] of a piece, from one of two references."""
+    kind = ir.VectorType.get((VECTOR,), ir.MemRefType(first.type).element_type)
+    places = (column * (2 * VECTOR) + i * head_dim for i in (0, 1))
+    return [llvm.load(kind, llvm.select(choose_first, *(pointer(ref, p) for ref in (first, second)))) for p in places]
+
+
+def load_angles(cos: Any, sin: Any, token: Int32, column: Int32, head_dim: int) -> tuple[Any, Any]:
+    """cos and sin of a piece, from float32 [T, head_dim // 2] each."""
+    place = (token * (head_dim // 2) + column * VECTOR) * 4
+    return llvm.load(_wide(), pointer(cos, place)), llvm.load(_wide(), pointer(sin, place))
+
+
+def normalised(piece: Piece, weights: Piece, head_dim: int, eps: float) -> Piece:
+    """Each head of the warp divided by its root mean square, times weights; all threads of a warp must call it."""
+    a, b = (arith.extf(_wide(), half) for half in piece)
+    squares = mlir_math.fma(b, b, arith.mulf(a, a))
+    parts = _elements(squares)
+    while len(parts) > 1:
+        parts = [arith.addf(x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    (total,) = parts
+    distance = 1
+    while distance < head_dim // PIECE:
+        total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
+        distance *= 2
+    f32 = ir.F32Type.get()
+    mean = arith.mulf(total, mgpu.c(1.0 / head_dim, f32))
+    inverse = vector.broadcast(_wide(), mlir_math.rsqrt(arith.addf(mean, mgpu.c(eps, f32))))
+    return [
+        _rounded(arith.mulf(arith.mulf(half, inverse), arith.extf(_wide(), weight)), weight.type)
+        for half, weight in zip((a, b), weights, strict=True)
+    ]
+
+
+def rotated(piece: Piece, angles: tuple[Any, Any]) -> Piece:
+    """`apply_rope` of a piece; angles: as `load_angles` has them."""
+    (a, b), (cos, sin) = (arith.extf(_wide(), half) for half in piece), angles
+    left = mlir_math.fma(a, cos, arith.negf(arith.mulf(b, sin)))
+    right = mlir_math.fma(b, cos, arith.mulf(a, sin))
+    return [arith.truncf(half.type, turned) for half, turned in zip(piece, (left, right), strict=True)]
+
+
+def _rounded(values: Any, kind: Any) -> Any:
+    """values as a vector of 16-bit elements, two at a time: LLVM narrows one by one what is widened again."""
+    name = "bf16x2" if isinstance(kind.element_type, ir.BF16Type) else "f16x2"
+    bits = [arith.bitcast(words(1), value) for value in _elements(values)]
+    packed = llvm.mlir_undef(words(VECTOR // 2))
+    for i, (low, high) in enumerate(zip(bits[::2], bits[1::2], strict=True)):
+        (word,) = assembly(f"cvt.rn.{name}.f32 $0, $1, $2;", [high, low])
+        packed = llvm.insertelement(packed, word, int32(i).value)
+    return vector.bitcast(kind, packed)
+
+
+def _elements(values: Any) -> list[Any]:
+    places = (ir.DenseI64ArrayAttr.get([i]) for i in range(VECTOR))
+    return [vector.extract(values, dynamic_position=[], static_position=place) for place in places]
+
+
+def _wide() -> Any:
+    return ir.VectorType.get((VECTOR,), ir.F32Type.get())
