@@ -70,6 +70,7 @@ def test_description_names_every_op() -> None:
         "paged_attention (decode)": "mosaic",
         "paged_attention (mixed)": "mosaic",
         "packed_attention": "mosaic",
+        "rope_qkv": "mosaic",
         "rope_write_kv": "mosaic",
     }
     on_cpu = describe_backends(32, 8, 128, 64, "float32", target=CPU)

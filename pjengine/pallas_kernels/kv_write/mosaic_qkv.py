@@ -54,7 +54,9 @@ def rope_write_kv_qkv(
     """See `pjengine.pallas_kernels.rope_write_kv_qkv`. What the kernel does not serve, XLA rotates and narrows."""
     if cos is not None and sin is not None and _serves(spec):
         norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
-        return _rotate_and_write(qkv, cos, sin, norms, k_pages, v_pages, write_slots, spec=spec, heads_per_thread=heads_per_thread)
+        return _rotate_and_write(
+            qkv, cos, sin, norms, k_pages, v_pages, write_slots, spec=spec, heads_per_thread=heads_per_thread
+        )
     q, k, v = jnp.split(qkv, (spec.heads, spec.heads + spec.kv_heads), axis=1)
     q, k = norm_heads(q, k, q_norm, k_norm, spec.norm_eps)
     return mosaic.rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
