@@ -2,6 +2,7 @@
 
 A piece of a head is what one thread holds of it: 8 elements of the first half and the 8 of the second that they turn
 with, a vector of 16 bytes each. The threads that hold a head are neighbours, so that they add its squares by shuffles.
+Nothing is rounded between norm and rotation: a model in float32 would not, and XLA does not where it fuses the two.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pjengine.pallas_kernels.head_sizes import PIECE, VECTOR
-from pjengine.pallas_kernels.registers import Int32, assembly, far_pointer, int32, pointer, words
+from pjengine.pallas_kernels.registers import Int32, far_pointer, pointer
 
 Piece = list[Any]  # two vectors
 
@@ -50,11 +51,19 @@ def load_angles(cos: Any, sin: Any, token: Int32, column: Int32, head_dim: int) 
     return llvm.load(_wide(), pointer(cos, place)), llvm.load(_wide(), pointer(sin, place))
 
 
+def widened(piece: Piece) -> Piece:
+    """In float32."""
+    return [arith.extf(_wide(), half) for half in piece]
+
+
 def normalised(piece: Piece, weights: Piece, head_dim: int, eps: float) -> Piece:
-    """Each head of the warp divided by its root mean square, times weights; all threads of a warp must call it."""
-    a, b = (arith.extf(_wide(), half) for half in piece)
+    """`rms_norm` of heads whose pieces the threads of a warp hold, in float32; all of the warp must call it."""
+    a, b = piece
     squares = mlir_math.fma(b, b, arith.mulf(a, a))
-    parts = _elements(squares)
+    parts = [
+        vector.extract(squares, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+        for i in range(VECTOR)
+    ]
     while len(parts) > 1:
         parts = [arith.addf(x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
     (total,) = parts
@@ -65,34 +74,15 @@ def normalised(piece: Piece, weights: Piece, head_dim: int, eps: float) -> Piece
     f32 = ir.F32Type.get()
     mean = arith.mulf(total, mgpu.c(1.0 / head_dim, f32))
     inverse = vector.broadcast(_wide(), mlir_math.rsqrt(arith.addf(mean, mgpu.c(eps, f32))))
-    return [
-        _rounded(arith.mulf(arith.mulf(half, inverse), arith.extf(_wide(), weight)), weight.type)
-        for half, weight in zip((a, b), weights, strict=True)
-    ]
+    return [arith.mulf(arith.mulf(half, inverse), w) for half, w in zip(piece, widened(weights), strict=True)]
 
 
-def rotated(piece: Piece, angles: tuple[Any, Any]) -> Piece:
-    """`apply_rope` of a piece; angles: as `load_angles` has them."""
-    (a, b), (cos, sin) = (arith.extf(_wide(), half) for half in piece), angles
+def rotated(piece: Piece, angles: tuple[Any, Any], kind: Any) -> Piece:
+    """`apply_rope` of a piece in float32, in vectors of `kind`; angles: as `load_angles` has them."""
+    (a, b), (cos, sin) = piece, angles
     left = mlir_math.fma(a, cos, arith.negf(arith.mulf(b, sin)))
     right = mlir_math.fma(b, cos, arith.mulf(a, sin))
-    return [arith.truncf(half.type, turned) for half, turned in zip(piece, (left, right), strict=True)]
-
-
-def _rounded(values: Any, kind: Any) -> Any:
-    """values as a vector of 16-bit elements, two at a time: LLVM narrows one by one what is widened again."""
-    name = "bf16x2" if isinstance(kind.element_type, ir.BF16Type) else "f16x2"
-    bits = [arith.bitcast(words(1), value) for value in _elements(values)]
-    packed = llvm.mlir_undef(words(VECTOR // 2))
-    for i, (low, high) in enumerate(zip(bits[::2], bits[1::2], strict=True)):
-        (word,) = assembly(f"cvt.rn.{name}.f32 $0, $1, $2;", [high, low])
-        packed = llvm.insertelement(packed, word, int32(i).value)
-    return vector.bitcast(kind, packed)
-
-
-def _elements(values: Any) -> list[Any]:
-    places = (ir.DenseI64ArrayAttr.get([i]) for i in range(VECTOR))
-    return [vector.extract(values, dynamic_position=[], static_position=place) for place in places]
+    return [arith.truncf(kind, turned) for turned in (left, right)]
 
 
 def _wide() -> Any:

@@ -25,6 +25,7 @@ from pjengine.pallas_kernels.head_pieces import (
     normalised,
     rotated,
     store_piece,
+    widened,
 )
 from pjengine.pallas_kernels.head_sizes import PIECE
 from pjengine.pallas_kernels.kv_write import mosaic
@@ -49,14 +50,11 @@ def rope_write_kv_qkv(
     k_norm: jax.Array | None,
     *,
     spec: KVWriteSpec,
-    heads_per_thread: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pjengine.pallas_kernels.rope_write_kv_qkv`. What the kernel does not serve, XLA rotates and narrows."""
     if cos is not None and sin is not None and _serves(spec):
         norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
-        return _rotate_and_write(
-            qkv, cos, sin, norms, k_pages, v_pages, write_slots, spec=spec, heads_per_thread=heads_per_thread
-        )
+        return _rotate_and_write(qkv, cos, sin, norms, k_pages, v_pages, write_slots, spec=spec)
     q, k, v = jnp.split(qkv, (spec.heads, spec.heads + spec.kv_heads), axis=1)
     q, k = norm_heads(q, k, q_norm, k_norm, spec.norm_eps)
     return mosaic.rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
@@ -68,7 +66,7 @@ def _serves(spec: KVWriteSpec) -> bool:
     return plain and head_sizes.refusal(spec.head_dim, spec.dtype, norm=spec.norm_eps is not None) is None
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "heads_per_thread"))
+@functools.partial(jax.jit, static_argnames="spec")
 def _rotate_and_write(
     qkv: jax.Array,
     cos: jax.Array,
@@ -79,13 +77,12 @@ def _rotate_and_write(
     slots: jax.Array,
     *,
     spec: KVWriteSpec,
-    heads_per_thread: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     tokens = qkv.shape[0]
     k_ref, v_ref = (jax.new_ref(x, memory_space=plgpu.GMEM) for x in (k_pages, v_pages))
-    units = tokens * ((spec.heads + 2 * spec.kv_heads) // heads_per_thread) * (spec.head_dim // PIECE)
+    units = tokens * (spec.heads + 2 * spec.kv_heads) * (spec.head_dim // PIECE)
     (q,) = launch(
-        functools.partial(_kernel, spec=spec, units=units, heads_per_thread=heads_per_thread),
+        functools.partial(_kernel, spec=spec, units=units),
         (qkv, cos, sin, slots, *norms, k_ref, v_ref),
         out_type=(jax.ShapeDtypeStruct((tokens, spec.heads, spec.head_dim), qkv.dtype),),
         scratch={},
@@ -95,10 +92,9 @@ def _rotate_and_write(
     return q, jax.freeze(k_ref), jax.freeze(v_ref)
 
 
-def _kernel(*refs: Any, spec: KVWriteSpec, units: int, heads_per_thread: int) -> None:
+def _kernel(*refs: Any, spec: KVWriteSpec, units: int) -> None:
     heads, kv_heads, head_dim, page_size = spec.heads, spec.kv_heads, spec.head_dim, spec.page_size
     per_head, per_token = head_dim // PIECE, heads + 2 * kv_heads
-    stride = per_token // heads_per_thread
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT))
     def move(ctx: Any, qkv: Any, cos: Any, sin: Any, slots: Any, *others: Any) -> None:
@@ -106,27 +102,26 @@ def _kernel(*refs: Any, spec: KVWriteSpec, units: int, heads_per_thread: int) ->
         unit = Int32(block.registers.item()) * THREADS + this_thread().index
         real = unit.below(units)
         unit = unit.minimum(units - 1)  # all threads of a warp add squares together
-        column, group = unit % per_head, unit // per_head
-        token, first = group // stride, group % stride
-        heads_here = [first + i * stride for i in range(heads_per_thread)]
-        read = [load_piece(qkv, token * per_token + head, column, head_dim) for head in heads_here]
+        column, row = unit % per_head, unit // per_head
+        token, head = row // per_token, row % per_token
+        as_is = load_piece(qkv, row, column, head_dim)
         slot = Int32(*load_words(slots, token * 4, 4))
         angles = load_angles(cos, sin, token, column, head_dim)
+        piece = widened(as_is)
+        if spec.norm_eps is not None:
+            weights = load_weights(head.below(heads), *norms, column, head_dim)
+            piece = normalised(piece, weights, head_dim, spec.norm_eps)
+        turns = head.below(heads + kv_heads)
+        turned = rotated(piece, angles, as_is[0].type)
+        moved = [arith.select(turns, *halves) for halves in zip(turned, as_is, strict=True)]
+        with mgpu_utils.when(arith.andi(real, head.below(heads))):
+            store_piece(moved, q, token * heads + head, column, head_dim)
         written = arith.andi(real, arith.cmpi(arith.CmpIPredicate.sge, slot.value, int32(0).value))
-        for head, as_is in zip(heads_here, read, strict=True):
-            piece = as_is
-            if spec.norm_eps is not None:
-                weights = load_weights(head.below(heads), *norms, column, head_dim)
-                piece = normalised(piece, weights, head_dim, spec.norm_eps)
-            turns = head.below(heads + kv_heads)
-            piece = [arith.select(turns, *halves) for halves in zip(rotated(piece, angles), as_is, strict=True)]
-            with mgpu_utils.when(arith.andi(real, head.below(heads))):
-                store_piece(piece, q, token * heads + head, column, head_dim)
-            for ref, begin in ((k_pages, heads), (v_pages, heads + kv_heads)):
-                own = Int32(arith.subi(head.value, int32(begin).value))
-                inside = arith.cmpi(arith.CmpIPredicate.ult, own.value, int32(kv_heads).value)
-                with mgpu_utils.when(arith.andi(inside, written)):
-                    place = (slot // page_size * kv_heads + own) * page_size + slot % page_size
-                    store_piece(piece, ref, place, column, head_dim)
+        for ref, begin in ((k_pages, heads), (v_pages, heads + kv_heads)):
+            own = Int32(arith.subi(head.value, int32(begin).value))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, own.value, int32(kv_heads).value)
+            with mgpu_utils.when(arith.andi(inside, written)):
+                place = (slot // page_size * kv_heads + own) * page_size + slot % page_size
+                store_piece(moved, ref, place, column, head_dim)
 
     move(*refs, lax.axis_index("block"))

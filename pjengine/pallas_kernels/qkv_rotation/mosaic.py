@@ -21,6 +21,7 @@ from pjengine.pallas_kernels.head_pieces import (
     normalised,
     rotated,
     store_piece,
+    widened,
 )
 from pjengine.pallas_kernels.head_sizes import PIECE
 from pjengine.pallas_kernels.mosaic_common import launch
@@ -38,27 +39,20 @@ def rope_qkv(
     k_norm: jax.Array | None,
     *,
     spec: RotationSpec,
-    heads_per_thread: int = 1,
 ) -> jax.Array:
     """See `pjengine.pallas_kernels.rope_qkv`."""
     norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
-    return _rotate(qkv, cos, sin, norms, spec=spec, heads_per_thread=heads_per_thread)
+    return _rotate(qkv, cos, sin, norms, spec=spec)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "heads_per_thread"))
+@functools.partial(jax.jit, static_argnames="spec")
 def _rotate(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    norms: tuple[jax.Array, ...],
-    *,
-    spec: RotationSpec,
-    heads_per_thread: int,
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, norms: tuple[jax.Array, ...], *, spec: RotationSpec
 ) -> jax.Array:
-    units = qkv.shape[0] * ((spec.heads + spec.kv_heads) // heads_per_thread) * (spec.head_dim // PIECE)
+    units = qkv.shape[0] * (spec.heads + spec.kv_heads) * (spec.head_dim // PIECE)
     qkv_ref = jax.new_ref(qkv, memory_space=plgpu.GMEM)
     launch(
-        functools.partial(_kernel, spec=spec, units=units, heads_per_thread=heads_per_thread),
+        functools.partial(_kernel, spec=spec, units=units),
         (cos, sin, *norms, qkv_ref),
         scratch={},
         grid={"block": pl.cdiv(units, THREADS)},
@@ -67,27 +61,25 @@ def _rotate(
     return jax.freeze(qkv_ref)
 
 
-def _kernel(*refs: Any, spec: RotationSpec, units: int, heads_per_thread: int) -> None:
-    head_dim, per_head = spec.head_dim, spec.head_dim // PIECE
-    stride = (spec.heads + spec.kv_heads) // heads_per_thread
+def _kernel(*refs: Any, spec: RotationSpec, units: int) -> None:
+    head_dim, per_head, turning = spec.head_dim, spec.head_dim // PIECE, spec.heads + spec.kv_heads
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT))
     def turn(ctx: Any, cos: Any, sin: Any, *others: Any) -> None:
         *norms, qkv, block = others
         unit = Int32(block.registers.item()) * THREADS + this_thread().index
-        inside = unit.below(units)
-        unit = unit.minimum(units - 1)  # the threads of a warp add squares together, all or none
-        column, group = unit % per_head, unit // per_head
-        token, first = group // stride, group % stride
-        heads = [first + i * stride for i in range(heads_per_thread)]
-        places = [token * (spec.heads + 2 * spec.kv_heads) + head for head in heads]
-        pieces = [load_piece(qkv, place, column, head_dim) for place in places]
+        real = unit.below(units)
+        unit = unit.minimum(units - 1)  # all threads of a warp add squares together
+        column, row = unit % per_head, unit // per_head
+        token, head = row // turning, row % turning
+        place = token * (turning + spec.kv_heads) + head
+        as_is = load_piece(qkv, place, column, head_dim)
         angles = load_angles(cos, sin, token, column, head_dim)
+        piece = widened(as_is)
         if spec.norm_eps is not None:
-            weights = [load_weights(head.below(spec.heads), *norms, column, head_dim) for head in heads]
-            pieces = [normalised(*both, head_dim, spec.norm_eps) for both in zip(pieces, weights, strict=True)]
-        with mgpu_utils.when(inside):
-            for piece, place in zip(pieces, places, strict=True):
-                store_piece(rotated(piece, angles), qkv, place, column, head_dim)
+            weights = load_weights(head.below(spec.heads), *norms, column, head_dim)
+            piece = normalised(piece, weights, head_dim, spec.norm_eps)
+        with mgpu_utils.when(real):
+            store_piece(rotated(piece, angles, as_is[0].type), qkv, place, column, head_dim)
 
     turn(*refs, lax.axis_index("block"))
