@@ -7,6 +7,7 @@ Nothing is rounded between norm and rotation: a model in float32 would not, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -38,11 +39,12 @@ def _places(ref: Any, head: Int32, column: Int32, head_dim: int) -> list[Any]:
     return [far_pointer(ref, head, 2 * half, column * (2 * VECTOR) + i * half) for i in (0, 1)]
 
 
-def load_weights(choose_first: Any, first: Any, second: Any, column: Int32, head_dim: int) -> Piece:
-    """The weights [head_dim] of a piece, from one of two references."""
-    kind = ir.VectorType.get((VECTOR,), ir.MemRefType(first.type).element_type)
-    places = (column * (2 * VECTOR) + i * head_dim for i in (0, 1))
-    return [llvm.load(kind, llvm.select(choose_first, *(pointer(ref, p) for ref in (first, second)))) for p in places]
+def load_weights(norms: Sequence[Any], of_q: Any, column: Int32, head_dim: int) -> Piece:
+    """The weights of a piece, from q's [head_dim] where the predicate of_q holds, else from k's."""
+    q_norm, k_norm = norms
+    kind = ir.VectorType.get((VECTOR,), ir.MemRefType(q_norm.type).element_type)
+    offsets = (column * (2 * VECTOR) + i * head_dim for i in (0, 1))
+    return [llvm.load(kind, llvm.select(of_q, pointer(q_norm, at), pointer(k_norm, at))) for at in offsets]
 
 
 def load_angles(cos: Any, sin: Any, token: Int32, column: Int32, head_dim: int) -> tuple[Any, Any]:

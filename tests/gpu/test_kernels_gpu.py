@@ -337,7 +337,7 @@ def test_rope_qkv(tokens: int, heads: int, kv_heads: int, head_dim: int, norm: b
 def test_rope_qkv_and_attention_of_its_result(rows: int) -> None:
     """As a causal embedder does it, over ragged sequences, with NaN in the padding."""
     lens = np.array([3, 200, 1, 0, 70, 64, 8, 300, 5, 5, 5, 90] if rows > 12 else [512, 300, 0, 1, 130, 64])
-    starts = np.cumsum([0, *lens, *[0] * (rows - len(lens))]).astype(np.int32)
+    starts = jnp.asarray(np.cumsum([0, *lens, *[0] * (rows - len(lens))]), jnp.int32)
     real = int(starts[-1])
     qkv, cos, sin = uneven_projection(real + 70, 16 + 2 * 8, 128, "bfloat16")
     norms = norm_weights(128, "bfloat16")

@@ -112,8 +112,8 @@ def test_norms_come_before_the_rotation(rotated: bool) -> None:
     cos, sin = angles if rotated else (None, None)
     slots = jnp.array([4, 11, -1, 19, 13, -7], jnp.int32)
     weights = [jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, DIM), jnp.float32) for i in range(2)]
-    normed = (rms_norm(x, weight, 0.01) for x, weight in zip((q, k), weights, strict=True))
-    expected = rope_write_kv(*normed, v, cos, sin, *pools(), slots)
+    normed_q, normed_k = (rms_norm(x, weight, 0.01) for x, weight in zip((q, k), weights, strict=True))
+    expected = rope_write_kv(normed_q, normed_k, v, cos, sin, *pools(), slots)
     qkv = jnp.concatenate([q, k, v], axis=1)
     actual = rope_write_kv_qkv(qkv, cos, sin, *pools(), slots, q_norm=weights[0], k_norm=weights[1], eps=0.01)
     for a, b in zip(actual, expected, strict=True):

@@ -109,7 +109,7 @@ def _kernel(*refs: Any, spec: KVWriteSpec, units: int) -> None:
         angles = load_angles(cos, sin, token, column, head_dim)
         piece = widened(as_is)
         if spec.norm_eps is not None:
-            weights = load_weights(head.below(heads), *norms, column, head_dim)
+            weights = load_weights(norms, head.below(heads), column, head_dim)
             piece = normalised(piece, weights, head_dim, spec.norm_eps)
         turns = head.below(heads + kv_heads)
         turned = rotated(piece, angles, as_is[0].type)

@@ -77,7 +77,7 @@ def _kernel(*refs: Any, spec: RotationSpec, units: int) -> None:
         angles = load_angles(cos, sin, token, column, head_dim)
         piece = widened(as_is)
         if spec.norm_eps is not None:
-            weights = load_weights(head.below(spec.heads), *norms, column, head_dim)
+            weights = load_weights(norms, head.below(spec.heads), column, head_dim)
             piece = normalised(piece, weights, head_dim, spec.norm_eps)
         with mgpu_utils.when(real):
             store_piece(rotated(piece, angles, as_is[0].type), qkv, place, column, head_dim)
