@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjengine.models.layers import layer_norm, linear, split_heads
+from pjengine.models.layers import attention_qkv, layer_norm, linear
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
 from pjengine.models.rope import Rope
-from pjengine.pallas_kernels import apply_rope, packed_attention
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -124,9 +123,8 @@ def _layer(
     inputs: StepInputs,
     config: GLUEncoderConfig,
 ) -> jax.Array:
-    q, k, v = split_heads(linear(x, layer["qkv"], layer.get("qkv_bias")), config.num_heads, config.num_heads)
-    q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
-    attended = packed_attention(q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, backend=inputs.backend)
+    qkv = linear(x, layer["qkv"], layer.get("qkv_bias")).reshape(x.shape[0], 3 * config.num_heads, -1)
+    attended = attention_qkv(qkv, config.num_heads, rotation, inputs)
     x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer.get("o_bias")), layer, "attn_norm", config)
     up, gate = jnp.split(linear(x, layer["up_gate"]).astype(jnp.float32), 2, axis=-1)
     gated = (_FUNCTIONS[config.activation](gate) * up).astype(x.dtype)

@@ -10,10 +10,9 @@ import jax
 
 from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig, allow, head_dim, layer_windows, required
-from pjengine.models.layers import geglu, layer_norm, linear, split_heads
+from pjengine.models.layers import attention_qkv, geglu, layer_norm, linear
 from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.rope import Rope, layer_ropes
-from pjengine.pallas_kernels import apply_rope, packed_attention
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 
@@ -158,11 +157,8 @@ def _layer(
     window: int | None,
 ) -> jax.Array:
     y = layer_norm(x, layer["attn_norm"], None, config.norm_eps) if "attn_norm" in layer else x
-    q, k, v = split_heads(linear(y, layer["qkv"]), config.num_heads, config.num_heads)
-    q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
-    attended = packed_attention(
-        q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, window=window, backend=inputs.backend
-    )
+    qkv = linear(y, layer["qkv"]).reshape(x.shape[0], 3 * config.num_heads, -1)
+    attended = attention_qkv(qkv, config.num_heads, rotation, inputs, window=window)
     x = x + linear(attended.reshape(x.shape), layer["o"])
     gate_up = linear(layer_norm(x, layer["mlp_norm"], None, config.norm_eps), layer["gate_up"])
     return x + linear(geglu(gate_up), layer["down"])

@@ -5,6 +5,8 @@ from pjengine.pallas_kernels.gated_mlp.api import gated_product, serves_gated_pr
 from pjengine.pallas_kernels.kv_write.api import rope_write_kv, rope_write_kv_qkv
 from pjengine.pallas_kernels.packed.api import packed_attention, packed_attention_qkv
 from pjengine.pallas_kernels.paged.api import paged_attention
+from pjengine.pallas_kernels.qkv_rotation.api import rope_qkv
+from pjengine.pallas_kernels.rms_norm import rms_norm
 from pjengine.pallas_kernels.rope import apply_rope
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "packed_attention",
     "packed_attention_qkv",
     "paged_attention",
+    "rms_norm",
+    "rope_qkv",
     "rope_write_kv",
     "rope_write_kv_qkv",
     "serves_gated_product",

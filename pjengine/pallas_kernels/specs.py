@@ -44,7 +44,12 @@ class AttentionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class KVWriteSpec:
-    """The static side of a `rope_write_kv` call; fields as in AttentionSpec. rope: q and k are rotated."""
+    """The static side of a `rope_write_kv` call; fields as in AttentionSpec.
+
+    Attributes:
+      rope: q and k are rotated.
+      norm_eps: as in RotationSpec.
+    """
 
     heads: int
     kv_heads: int
@@ -54,6 +59,22 @@ class KVWriteSpec:
     page_size: int = 16
     rope: bool = True
     kv_scales: bool = False
+    norm_eps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RotationSpec:
+    """The static side of a `rope_qkv` call; fields as in AttentionSpec.
+
+    Attributes:
+      norm_eps: each head of q and k is RMS-normalised before rotation, this added to its mean square; None: none is.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    norm_eps: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,28 +153,37 @@ def test_kv_write_is_in_place(tokens: int, kv_dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "kv_dtype", "fused"),
+    ("shape", "dtype", "kv_dtype", "norm", "fused"),
     [
-        ((32, 8, 128), "bfloat16", "bfloat16", True),
-        ((8, 4, 256), "float16", "float16", True),
-        ((32, 8, 128), "bfloat16", "float8_e4m3fn", False),  # XLA rotates and narrows
-        ((9, 3, 64), "float32", "float32", False),
-        ((16, 8, 40), "bfloat16", "bfloat16", False),
+        ((32, 8, 128), "bfloat16", "bfloat16", False, True),
+        ((8, 4, 256), "float16", "float16", False, True),
+        ((32, 8, 80), "bfloat16", "bfloat16", False, True),
+        ((16, 8, 128), "bfloat16", "bfloat16", True, True),
+        ((14, 2, 64), "float16", "float16", True, True),
+        ((32, 8, 128), "bfloat16", "float8_e4m3fn", False, False),  # XLA rotates and narrows
+        ((16, 8, 128), "bfloat16", "float8_e4m3fn", True, False),
+        ((9, 3, 64), "float32", "float32", False, False),
+        ((16, 8, 40), "bfloat16", "bfloat16", False, False),
+        ((32, 8, 80), "bfloat16", "bfloat16", True, False),  # five threads a head: their squares are no shuffles' sum
     ],
 )
 def test_kv_write_of_a_fused_projection_is_one_launch(
-    shape: tuple[int, int, int], dtype: str, kv_dtype: str, fused: bool
+    shape: tuple[int, int, int], dtype: str, kv_dtype: str, norm: bool, fused: bool
 ) -> None:
     heads, kv_heads, head_dim = shape
+
+    def write(qkv: Any, cos: Any, sin: Any, k_pages: Any, v_pages: Any, slots: Any, weight: Any) -> Any:
+        norms = {"q_norm": weight, "k_norm": weight} if norm else {}
+        return rope_write_kv_qkv(qkv, cos, sin, k_pages, v_pages, slots, backend="mosaic", **norms)
+
     for tokens in (1, 5000):
         text = lower_for_hopper(
-            lambda qkv, cos, sin, k_pages, v_pages, slots: rope_write_kv_qkv(
-                qkv, cos, sin, k_pages, v_pages, slots, backend="mosaic"
-            ),
+            write,
             ((tokens, heads + 2 * kv_heads, head_dim), dtype),
             *[((tokens, head_dim // 2), "float32")] * 2,
             *[((30, kv_heads, 64, head_dim), kv_dtype)] * 2,
             ((tokens,), "int32"),
+            ((head_dim,), dtype),
             donate_argnums=(3, 4),
         )
         (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2" in line)
