@@ -135,7 +135,7 @@ def forward(
         x, pages[i] = _layer(layer, x, rotation, inputs, pages[i], config, config.windows[i], groups[i])
     if cache is not None:
         cache = dataclasses.replace(cache, layers=tuple(pages))
-    return _norm(x, params["norm"], config), cache
+    return _norm(x, params["norm"], config, inputs), cache
 
 
 def logits(params: dict[str, Any], hidden: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -160,7 +160,7 @@ def _layer(
     window: int | None,
     group: int,
 ) -> tuple[jax.Array, LayerCache | None]:
-    qkv = linear(_norm(x, layer["attn_norm"], config), layer["qkv"], layer.get("qkv_bias"))
+    qkv = linear(_norm(x, layer["attn_norm"], config, inputs), layer["qkv"], layer.get("qkv_bias"))
     attended, pages = causal_attention_qkv(
         qkv.reshape(x.shape[0], -1, config.head_dim),
         config.num_kv_heads,
@@ -174,10 +174,10 @@ def _layer(
         eps=config.rms_norm_eps,
     )
     x = x + linear(attended.reshape(x.shape[0], -1), layer["o"], layer.get("o_bias"))
-    y = _norm(x, layer["mlp_norm"], config)
+    y = _norm(x, layer["mlp_norm"], config, inputs)
     y = linear_swiglu(y, layer["gate_up"], layer.get("gate_up_bias"), backend=inputs.backend)
     return x + linear(y, layer["down"], layer.get("down_bias")), pages
 
 
-def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
-    return rms_norm(x, weight, config.rms_norm_eps)
+def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig, inputs: StepInputs) -> jax.Array:
+    return rms_norm(x, weight, config.rms_norm_eps, backend=inputs.backend)

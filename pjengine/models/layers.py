@@ -36,15 +36,6 @@ def dot_precision(x: jax.Array) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
-    """Layer norm (arXiv:1607.06450) over the last axis, in float32; x's dtype out."""
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    y = y * weight.astype(jnp.float32)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
-
-
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """silu(gate) * up (arXiv:2002.05202) of gate and up side by side: [T, 2 * mlp] to [T, mlp]."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)

@@ -88,3 +88,17 @@ class GatedSpec:
     hidden: int
     mlp: int
     dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowNormSpec:
+    """The static side of an `rms_norm` or, `centred`, a `layer_norm`, but for the rows.
+
+    Attributes:
+      hidden: elements of a row; dtype: NumPy name of all operands'; eps: joins the mean of squares.
+    """
+
+    hidden: int
+    dtype: str = "bfloat16"
+    centred: bool = False
+    eps: float = 1e-6

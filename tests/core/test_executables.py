@@ -247,7 +247,7 @@ def test_programs_stay_in_sight_of_garbage_collection_unless_the_heap_is_frozen(
     freeze_heap()
     try:
         frozen = gc.get_freeze_count()
-        later = [[] for _ in range(1000)]
+        later: list[list[int]] = [[] for _ in range(1000)]
         assert lower_one() >= frozen + len(later)
     finally:
         gc.unfreeze()

@@ -12,9 +12,11 @@ import pytest
 
 from pjengine.models.layers import linear_swiglu
 from pjengine.pallas_kernels import (
+    layer_norm,
     packed_attention,
     packed_attention_qkv,
     paged_attention,
+    rms_norm,
     rope_qkv,
     rope_write_kv,
     rope_write_kv_qkv,
@@ -370,3 +372,23 @@ def test_linear_swiglu(tokens: int, hidden: int, mlp: int, dtype: str) -> None:
     assert relative_error(actual.astype(jnp.float32), np.asarray(expected)) < BFLOAT16_ERROR
     assert jnp.isfinite(actual).all()
     assert (actual == again).all(), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "hidden"), [(2048, 1024), (2051, 768), (8192, 1024), (3001, 256)])
+def test_norms_of_many_rows(rows: int, hidden: int, dtype: str) -> None:
+    keys = jax.random.split(jax.random.key(rows + hidden), 4)
+    scale = jnp.exp(2 * jax.random.normal(keys[0], (rows, 1)))
+    x = (scale * (1 + jax.random.normal(keys[1], (rows, hidden)))).astype(dtype)
+    weight, bias = (jax.random.normal(key, (hidden,)).astype(dtype) for key in keys[2:])
+
+    def norms(x: jax.Array, weight: jax.Array, bias: jax.Array, backend: str) -> tuple[jax.Array, ...]:
+        plain, shifted = (layer_norm(x, weight, b, 1e-6, backend=backend) for b in (None, bias))
+        return rms_norm(x, weight, 1e-6, backend=backend), plain, shifted
+
+    jitted = jax.jit(norms, static_argnames="backend")
+    actual, again = (jitted(x, weight, bias, "auto") for _ in range(2))
+    expected = jitted(*(a.astype(jnp.float32) for a in (x, weight, bias)), "reference")
+    for a, b, right in zip(actual, again, expected, strict=True):
+        assert relative_error(a.astype(jnp.float32), np.asarray(right)) < BFLOAT16_ERROR
+        assert (a == b).all(), "two runs differ"

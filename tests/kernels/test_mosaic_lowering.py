@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 from pjengine.errors import KernelUnavailable
 from pjengine.models.layers import linear_swiglu
 from pjengine.pallas_kernels import (
+    layer_norm,
     packed_attention,
     packed_attention_qkv,
     paged_attention,
+    rms_norm,
     rope_write_kv,
     rope_write_kv_qkv,
 )
@@ -239,6 +242,40 @@ def test_layers_share_one_gated_product() -> None:
     text = lower_gated(1024, 512, 1024, layers=3)
     assert text.count("@mosaic_gpu_v2") == 1
     assert text.count("call @gated_product") == 3
+
+
+def all_norms(x: Any, weight: Any, bias: Any, backend: str = "auto") -> Any:
+    return (
+        rms_norm(x, weight, 1e-6, backend=backend),
+        layer_norm(x, weight, None, 1e-6, backend=backend),
+        layer_norm(x, weight, bias, 1e-6, backend=backend),
+    )
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(2048, 1024), (2051, 768), (8192, 256)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_norms_of_many_rows_are_one_launch(rows: int, hidden: int, dtype: str) -> None:
+    vector = ((hidden,), dtype)
+    text = lower_for_hopper(all_norms, ((rows, hidden), dtype), vector, vector)
+    assert text.count("@mosaic_gpu_v2") == 3
+    assert "stablehlo.rsqrt" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "dtype", "backend"),
+    [
+        (2040, 1024, "bfloat16", "auto"),
+        (4096, 4096, "bfloat16", "auto"),
+        (4096, 384, "bfloat16", "auto"),
+        (4096, 1024, "float32", "auto"),
+        (4096, 1024, "bfloat16", "reference"),
+        (4096, 1024, "bfloat16", "triton"),
+    ],
+)
+def test_norms_leave_the_rest_to_xla(rows: int, hidden: int, dtype: str, backend: str) -> None:
+    vector = ((hidden,), dtype)
+    text = lower_for_hopper(functools.partial(all_norms, backend=backend), ((rows, hidden), dtype), vector, vector)
+    assert "mosaic" not in text
 
 
 def test_refusals_name_the_reason() -> None:

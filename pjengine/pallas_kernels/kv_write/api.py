@@ -7,8 +7,8 @@ import dataclasses
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.head_norms import head_norm_eps
 from pjengine.pallas_kernels.kv_write.support import mosaic_refusal
-from pjengine.pallas_kernels.rms_norm import head_norm_eps
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
 BACKENDS = (

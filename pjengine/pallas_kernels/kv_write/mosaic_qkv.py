@@ -18,6 +18,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir.dialects import arith
 
 from pjengine.pallas_kernels import head_sizes
+from pjengine.pallas_kernels.head_norms import norm_heads
 from pjengine.pallas_kernels.head_pieces import (
     load_angles,
     load_piece,
@@ -31,7 +32,6 @@ from pjengine.pallas_kernels.head_sizes import PIECE
 from pjengine.pallas_kernels.kv_write import mosaic
 from pjengine.pallas_kernels.mosaic_common import launch
 from pjengine.pallas_kernels.registers import Int32, int32, load_words, this_thread
-from pjengine.pallas_kernels.rms_norm import norm_heads
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
 THREADS = 128

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.head_norms import head_norm_eps
 from pjengine.pallas_kernels.qkv_rotation.support import mosaic_refusal
-from pjengine.pallas_kernels.rms_norm import head_norm_eps
 from pjengine.pallas_kernels.specs import RotationSpec
 
 BACKENDS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pjengine.pallas_kernels.rms_norm import norm_heads
+from pjengine.pallas_kernels.head_norms import norm_heads
 from pjengine.pallas_kernels.rope import apply_rope
 from pjengine.pallas_kernels.specs import RotationSpec
 

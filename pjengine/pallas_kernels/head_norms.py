@@ -1,16 +1,10 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+"""RMS norms of the heads of q and k, before they are rotated."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; x's dtype out."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+from pjengine.pallas_kernels.row_norm.reference import rms_norm
 
 
 def head_norm_eps(q_norm: jax.Array | None, k_norm: jax.Array | None, eps: float, heads: jax.Array) -> float | None:
