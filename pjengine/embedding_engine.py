@@ -78,7 +78,7 @@ class EmbeddingEngine:
       clock, sleep: as in `time`; tests bring their own.
     """
 
-    LEAD = 1e-3  # seconds before the running batch's end, beside the time a dispatch takes, at which the next is packed
+    LEAD = 1e-3  # seconds before the running batch's end at which the next is packed
     NAP = 2e-4  # seconds of sleep at most, in which nothing is taken in
     DEPTH = 2  # batches on the device, one of which waits for the other
 
@@ -172,8 +172,12 @@ class EmbeddingEngine:
         seconds = self._seconds.get(running.batch.bucket_tokens)
         if seconds is None or running.batch.done:
             return 0.0
-        end = self._start(running) + seconds
-        return end - now - (self.LEAD + self._dispatch_seconds if len(self._in_flight) == 1 else 0.0)
+        wait = self._start(running) + seconds - now
+        if len(self._in_flight) == self.DEPTH:
+            return wait
+        # The device starts with the first kernels of a batch. All of them must be there only where none may be missed.
+        full = self._line.tokens >= self.runner.budget
+        return wait - self.LEAD - (self._dispatch_seconds if full else 0.0)
 
     def _dispatch(self) -> None:
         began = self._clock()
