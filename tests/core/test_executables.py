@@ -225,6 +225,12 @@ def test_steps_full_of_prompts_compute_few_rows_of_logits() -> None:
     assert [b.rows for b in sorted(gpu_buckets(64, 4096)) if b.tokens == 4096] == [64]
 
 
+def test_a_gpu_decodes_one_row_as_two() -> None:
+    """Unless a second row can never be: XLA's kernels for the norm of one row are slower (docs/decisions.md)."""
+    for rows, smallest in ((512, 2), (2, 2), (1, 1)):
+        assert min(b.rows for b in gpu_buckets(rows, 4096) if b.decode) == smallest
+
+
 def test_an_engine_that_is_gone_compiles_nothing_more() -> None:
     made = engine()
     assert isinstance(made.runner, ModelRunner)
