@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from pjengine.executables import Executable, ExecutableStore
+from pjengine.heap import freeze_heap_again
 from pjengine.pallas_kernels.backends import current_target
 from pjengine.pallas_kernels.kernel_programs import Kernel, kernels_of
 
@@ -28,13 +30,17 @@ logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 
-# Options of XLA. The kernels of a CUDA graph stand in line: one with branches takes the host longer to launch.
-IN_LINE: Mapping[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
-# The same, and a graph ends at every custom call: the device runs one while the host launches the next.
-IN_PIECES: Mapping[str, Any] = {**IN_LINE, "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT"}
+# Options of XLA. A CUDA graph ends at every custom call: the device runs one while the host launches the next. Its
+# kernels stand in line: a graph with branches takes the host longer to launch.
+IN_PIECES: Mapping[str, Any] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT",
+    "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
+}
 CUBLAS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}  # takes all products
 # XLA compares no results when it times products: doing so disturbs those that other threads time (docs/decisions.md).
 QUIET_TRIALS: Mapping[str, Any] = {"xla_gpu_autotune_level": 2}
+_TURN = 5e-4  # seconds for which the thread that lowers keeps the interpreter from others
+_LOWERING = threading.Lock()  # Python traces one at a time; what is compiled late waits for what came before
 _COMPILE_STACK = 64 << 20  # bytes; XLA recurses deeply over unrolled layers
 
 
@@ -172,7 +178,7 @@ class Compilation:
             else:
                 self._kept += 1
                 self._end(work.key, found)
-        with _without_garbage_collection():
+        with _LOWERING, _without_garbage_collection(), _short_turns():
             for work in missing:
                 self._lower(work)
 
@@ -265,8 +271,20 @@ def _without_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        freeze_heap_again()
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """Who serves meanwhile asks for the interpreter several times a step, and would wait 5 ms each time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(min(interval, _TURN))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def _end_threads_of(compilation: weakref.ref[Compilation]) -> None:

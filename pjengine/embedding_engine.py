@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -69,15 +70,17 @@ class EmbeddingEngine:
 
     Batches form by token count, as late as they can: the next one is packed and dispatched when the running one is
     nearly done. So the device goes from one to the next, and a query waits for no more than the batch that runs (and,
-    should it come within the last LEAD seconds of it, for one more).
+    should it come within the last LEAD seconds of it, for one more). Where queries alone fill the next batch, nothing
+    is won by waiting, since whoever comes now stands behind them: it is dispatched behind the running one at once.
 
     Args:
       max_wait: seconds that a request may wait on a free device for others to come, as long as they fill no batch.
       clock, sleep: as in `time`; tests bring their own.
     """
 
-    LEAD = 1e-3  # seconds before the running batch's end, beside the time a dispatch takes, at which the next is packed
+    LEAD = 1e-3  # seconds before the running batch's end at which the next is packed
     NAP = 2e-4  # seconds of sleep at most, in which nothing is taken in
+    DEPTH = 2  # batches on the device, one of which waits for the other
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class EmbeddingEngine:
         self._clock, self._sleep = clock, sleep
         self._line = WaitingLine()
         self._running: dict[str, tuple[Request, float, float]] = {}  # with the times of arrival and dispatch
-        self._in_flight: _Running | None = None
+        self._in_flight: deque[_Running] = deque()  # oldest first; at most DEPTH
         self._seconds: dict[int, float] = {}  # of a batch, by its bucket's tokens
         self._dispatch_seconds = 0.0
         self._last_end = float("-inf")  # when the last batch was done
@@ -106,7 +109,7 @@ class EmbeddingEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._line) or self._in_flight is not None
+        return bool(self._line or self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queues a text.
@@ -136,10 +139,14 @@ class EmbeddingEngine:
 
     def step(self) -> list[Output]:
         """One round: the results of a batch that is done, or [] after a nap, if it is too early for anything."""
+        while len(self._in_flight) < self.DEPTH and self._line.query_tokens >= self.runner.budget:
+            self._dispatch()
         if (nap := self._nap()) > 0:
             self._sleep(min(nap, self.NAP))
             return []
-        finished, self._in_flight = self._in_flight, self._dispatch() if self._line else None
+        finished = self._in_flight.popleft() if self._in_flight else None
+        if self._line and not self._in_flight:
+            self._dispatch()
         return self._outputs(finished) if finished else []
 
     def stats(self) -> Stats:
@@ -158,15 +165,21 @@ class EmbeddingEngine:
 
     def _nap(self) -> float:
         """Seconds until it is time to pack the next batch, or to wait for the running one; 0 or less: now."""
-        running, now = self._in_flight, self._clock()
-        if running is not None:
-            seconds = self._seconds.get(running.batch.bucket_tokens)
-            if seconds is None or running.batch.done:
-                return 0.0
-            return self._start(running) + seconds - now - self.LEAD - self._dispatch_seconds
-        return 0.0 if self._line.tokens >= self.runner.budget else self._line.oldest + self.max_wait - now
+        now = self._clock()
+        if not self._in_flight:
+            return self._line.oldest + self.max_wait - now if self._line.tokens < self.runner.budget else 0.0
+        running = self._in_flight[0]
+        seconds = self._seconds.get(running.batch.bucket_tokens)
+        if seconds is None or running.batch.done:
+            return 0.0
+        wait = self._start(running) + seconds - now
+        if len(self._in_flight) == self.DEPTH:
+            return wait
+        # The device starts with the first kernels of a batch. All of them must be there only where none may be missed.
+        full = self._line.tokens >= self.runner.budget
+        return wait - self.LEAD - (self._dispatch_seconds if full else 0.0)
 
-    def _dispatch(self) -> _Running:
+    def _dispatch(self) -> None:
         began = self._clock()
         entries = self._line.take(self.runner.budget, self.runner.max_rows)
         requests = [entry.request for entry in entries]
@@ -178,7 +191,7 @@ class EmbeddingEngine:
         for request, arrival, tokens in entries:
             self._running[request.request_id] = request, arrival, now
             self._prompt_tokens += tokens
-        return _Running(requests, batch, now)
+        self._in_flight.append(_Running(requests, batch, now))
 
     def _start(self, running: _Running) -> float:
         """When the device began with a batch: once it was there, and the one before it was done."""
@@ -186,7 +199,7 @@ class EmbeddingEngine:
 
     def _outputs(self, running: _Running) -> list[Output]:
         results = np.ascontiguousarray(running.batch.read(), "<f4")
-        field = "logits" if self.info.kind == "classify" else "embedding"
+        classify = self.info.kind == "classify"
         now = self._clock()
         self._learn(running, now)
         outputs = []
@@ -196,10 +209,16 @@ class EmbeddingEngine:
                 continue  # aborted
             del self._running[request.request_id]
             _, arrival, dispatched = entry
-            timings = Timings(queued=dispatched - arrival, first_token=now - arrival, finished=now - arrival)
-            output = Output(request_id=request.request_id, finish_reason="stop", timings=timings)
-            setattr(output, field, result.tobytes())
-            outputs.append(output)
+            values = result.tobytes()
+            outputs.append(
+                Output(
+                    request_id=request.request_id,
+                    embedding=None if classify else values,
+                    logits=values if classify else None,
+                    finish_reason="stop",
+                    timings=Timings(queued=dispatched - arrival, first_token=now - arrival, finished=now - arrival),
+                )
+            )
         return outputs
 
     def _learn(self, running: _Running, now: float) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, QUIET_TRIALS, compile_all
+from pjengine.compilation import CUBLAS, IN_PIECES, QUIET_TRIALS, compile_all
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
@@ -36,7 +36,6 @@ _LONG_FROM = 2048
 # Tokens from which on cuBLAS takes all products of a batch: it is at the speed of the tensor cores, and its epilogues
 # spare passes over activations. With few tokens Triton's products that split the inner dimension are faster.
 _CUBLAS_FROM = 2048
-_FULL = {**CUBLAS, **QUIET_TRIALS, **IN_LINE}  # XLA's options for such batches
 _MOST_TOKENS = 8192  # of a batch whose size is measured: larger shapes are for single long texts
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
 
@@ -131,8 +130,7 @@ class EmbeddingRunner:
             "batches",
             store,
             progress,
-            # With few tokens the device is faster than the host that launches its kernels.
-            options=lambda bucket: {} if not gpu else _FULL if cublas(bucket) else IN_PIECES,
+            options=lambda bucket: _compiler_options(bucket) if gpu else {},
         )
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)
@@ -183,6 +181,11 @@ class EmbeddingRunner:
             return time.perf_counter() - started
 
         return measure_curve(rows, timed)
+
+
+def _compiler_options(bucket: Bucket) -> dict[str, Any]:
+    """XLA's options for a batch on a GPU."""
+    return {**IN_PIECES, **CUBLAS, **QUIET_TRIALS} if bucket.tokens >= _CUBLAS_FROM else {**IN_PIECES}
 
 
 def _layout(bucket: Bucket, token_types: bool) -> Layout:

@@ -54,10 +54,11 @@ class RunnerShape:
 
 def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket, ...]:
     """Decode steps of few rows take as long as reading the weights; from 64 rows on they come in steps of 64, then 128.
-    Prompts are cut to the mixed sizes by the scheduler, so those need not be fine. The largest comes with few rows too:
-    the head computes logits for every row of the shape, 0.8 ms of the 8B model's 91 for 512 rows.
+    A single row is padded to two: XLA computes the norm of one row in two kernels, of several in one. Prompts are cut
+    to the mixed sizes by the scheduler, so those need not be fine. The largest comes with few rows too: the head
+    computes logits for every row of the shape, 0.8 ms of the 8B model's 91 for 512 rows.
     """
-    rows = _sizes((1, 8, 32, 64, 128, 192, 256, 384, 512), max_num_seqs, growth=1.5)
+    rows = _sizes((2, 8, 32, 64, 128, 192, 256, 384, 512), max_num_seqs, growth=1.5)
     tokens = _sizes((64, 128, 256, 384, 512), max_num_batched_tokens, growth=2)
     few = Bucket(tokens[-1], _PREFILL_ROWS, decode=False)
     buckets = _buckets(rows, tokens, max_num_seqs)

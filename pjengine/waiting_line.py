@@ -26,15 +26,26 @@ class WaitingLine:
     """
 
     def __init__(self) -> None:
-        self._classes: dict[str, dict[str, Entry]] = {"query": {}, "document": {}}
+        self._queries: dict[str, Entry] = {}
+        self._documents: dict[str, Entry] = {}
+        self._classes = {"query": self._queries, "document": self._documents}
+        self._tokens = {"query": 0, "document": 0}  # of the requests that wait
         self._passed = 0  # batches that the oldest document has seen go
-        self.tokens = 0  # of all requests that wait
 
     def __len__(self) -> int:
-        return sum(map(len, self._classes.values()))
+        return len(self._queries) + len(self._documents)
 
     def __contains__(self, request_id: str) -> bool:
-        return any(request_id in entries for entries in self._classes.values())
+        return request_id in self._queries or request_id in self._documents
+
+    @property
+    def tokens(self) -> int:
+        """Of all requests that wait."""
+        return sum(self._tokens.values())
+
+    @property
+    def query_tokens(self) -> int:
+        return self._tokens["query"]
 
     @property
     def oldest(self) -> float:
@@ -44,18 +55,18 @@ class WaitingLine:
     def add(self, request: Request, arrival: float) -> None:
         entry = Entry(request, arrival, len(request.prompt_token_ids))
         self._classes[request.input_type][request.request_id] = entry
-        self.tokens += entry.tokens
+        self._tokens[request.input_type] += entry.tokens
 
     def remove(self, request_id: str) -> None:
         """Unknown ids are ignored."""
-        for entries in self._classes.values():
+        for input_type, entries in self._classes.items():
             if (entry := entries.pop(request_id, None)) is not None:
-                self.tokens -= entry.tokens
+                self._tokens[input_type] -= entry.tokens
 
     def take(self, budget: int, max_rows: int) -> list[Entry]:
         """Takes out the next batch: at most `budget` tokens and `max_rows` requests, or one request of more tokens."""
         batch: list[Entry] = []
-        queries, documents = self._classes["query"], self._classes["document"]
+        queries, documents = self._queries, self._documents
         oldest = _head(documents) if documents else None
         if oldest is not None and self._passed >= PATIENCE:
             self._move(documents, oldest, batch)
@@ -83,7 +94,7 @@ class WaitingLine:
 
     def _move(self, entries: dict[str, Entry], entry: Entry, batch: list[Entry]) -> None:
         del entries[entry.request.request_id]
-        self.tokens -= entry.tokens
+        self._tokens[entry.request.input_type] -= entry.tokens
         batch.append(entry)
 
 

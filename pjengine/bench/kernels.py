@@ -3,7 +3,8 @@
 Decode and KV writes are bound by memory: their ratio is to the copy bandwidth measured in the same run, KV bytes
 counted once. Prefill and packed attention are bound by the tensor cores: theirs is to the GEMM rate. Each case runs
 several times inside one jitted function, as often as a model has layers, each result feeding the next call, over
-caches that exceed the L2: host dispatch stays out. Calls of a few microseconds, which the device runs faster than the
+caches that exceed the L2, and functions follow one another for so long that the host's first launch counts for
+nothing. Calls of a few microseconds, which the device runs faster than the
 host launches them, are timed on the device: from the first kernel's start to the last one's end in a profile.
 """
 
@@ -30,7 +31,9 @@ from pjengine.pallas_kernels import describe_backends, packed_attention, paged_a
 DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
 L2_BYTES = 200_000_000  # caches of a case exceed this together: three times an H200's L2
 CALLS = 32  # of the op inside one jitted function
-REPEATS = 15
+REPEATS = 9
+LAUNCHES = 3  # of the function, at least, and so many that they take SUSTAINED seconds
+SUSTAINED = 40e-3
 HOST_BOUND = 30e-6  # seconds of a call; shorter ones are timed on the device
 
 Timer = Callable[[], float]  # the seconds of one call of an op that is compiled already
@@ -141,13 +144,17 @@ def _timer(function: Any, *arguments: Any) -> Timer:
 
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Median time of one op in a function that calls it CALLS times."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(REPEATS):
+
+    def launch(count: int) -> float:
         started = time.perf_counter()
-        jax.block_until_ready([function(*arguments) for _ in range(3)])
-        times.append((time.perf_counter() - started) / 3 / CALLS)
-    seconds = statistics.median(times)
+        for _ in range(count):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - started) / count
+
+    launch(1)
+    count = max(LAUNCHES, math.ceil(SUSTAINED / launch(1)))
+    seconds = statistics.median(launch(count) for _ in range(REPEATS)) / CALLS
     if seconds > HOST_BOUND:
         return seconds
     return statistics.median(_device_seconds(function, *arguments) for _ in range(5)) / CALLS

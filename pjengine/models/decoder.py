@@ -11,17 +11,10 @@ import jax
 from pjengine.errors import ModelError
 from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
-from pjengine.models.layers import (
-    causal_attention,
-    causal_attention_qkv,
-    linear,
-    linear_swiglu,
-    rms_norm,
-    split_heads,
-    unembed,
-)
+from pjengine.models.layers import causal_attention_qkv, linear, linear_swiglu, unembed
 from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.rope import Rope
+from pjengine.pallas_kernels import rms_norm
 from pjengine.step_inputs import CacheSpec, KVCache, LayerCache, StepInputs
 
 
@@ -142,7 +135,7 @@ def forward(
         x, pages[i] = _layer(layer, x, rotation, inputs, pages[i], config, config.windows[i], groups[i])
     if cache is not None:
         cache = dataclasses.replace(cache, layers=tuple(pages))
-    return _norm(x, params["norm"], config), cache
+    return _norm(x, params["norm"], config, inputs), cache
 
 
 def logits(params: dict[str, Any], hidden: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -167,21 +160,24 @@ def _layer(
     window: int | None,
     group: int,
 ) -> tuple[jax.Array, LayerCache | None]:
-    qkv = linear(_norm(x, layer["attn_norm"], config), layer["qkv"], layer.get("qkv_bias"))
-    if config.qk_norm:
-        q, k, v = split_heads(qkv, config.num_heads, config.num_kv_heads)
-        q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
-        attended, pages = causal_attention(q, k, v, rotation, inputs, pages, window=window, group=group)
-    else:
-        qkv = qkv.reshape(x.shape[0], -1, config.head_dim)
-        attended, pages = causal_attention_qkv(
-            qkv, config.num_kv_heads, rotation, inputs, pages, window=window, group=group
-        )
+    qkv = linear(_norm(x, layer["attn_norm"], config, inputs), layer["qkv"], layer.get("qkv_bias"))
+    attended, pages = causal_attention_qkv(
+        qkv.reshape(x.shape[0], -1, config.head_dim),
+        config.num_kv_heads,
+        rotation,
+        inputs,
+        pages,
+        window=window,
+        group=group,
+        q_norm=layer.get("q_norm"),
+        k_norm=layer.get("k_norm"),
+        eps=config.rms_norm_eps,
+    )
     x = x + linear(attended.reshape(x.shape[0], -1), layer["o"], layer.get("o_bias"))
-    y = _norm(x, layer["mlp_norm"], config)
+    y = _norm(x, layer["mlp_norm"], config, inputs)
     y = linear_swiglu(y, layer["gate_up"], layer.get("gate_up_bias"), backend=inputs.backend)
     return x + linear(y, layer["down"], layer.get("down_bias")), pages
 
 
-def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
-    return rms_norm(x, weight, config.rms_norm_eps)
+def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig, inputs: StepInputs) -> jax.Array:
+    return rms_norm(x, weight, config.rms_norm_eps, backend=inputs.backend)

@@ -9,10 +9,10 @@ from typing import Any, Self
 import jax
 
 from pjengine.models.hf_config import HFConfig, allow, head_dim, required
-from pjengine.models.layers import layer_norm, linear, linear_gelu
+from pjengine.models.layers import linear, linear_gelu
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
 from pjengine.models.relative_positions import relative_buckets
-from pjengine.pallas_kernels import packed_attention_qkv
+from pjengine.pallas_kernels import layer_norm, packed_attention_qkv
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 
@@ -124,7 +124,7 @@ def forward(
     x = params["embed"][inputs.token_ids] + params["position_embed"][inputs.positions + config.position_offset]
     if config.type_vocab_size:
         x += params["type_embed"][0] if inputs.token_types is None else params["type_embed"][inputs.token_types]
-    x = _norm(x, params, "embed_norm", config)
+    x = _norm(x, params, "embed_norm", config, inputs)
     bias = params["relative_bias"][relative_buckets(config.relative_buckets)].T if config.relative_buckets else None
     for layer in params["layers"]:
         x = _layer(layer, x, bias, inputs, config)
@@ -146,10 +146,13 @@ def _layer(
         relative_bias=bias,
         backend=inputs.backend,
     )
-    x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer["o_bias"]), layer, "attn_norm", config)
+    x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer["o_bias"]), layer, "attn_norm", config, inputs)
     up = linear_gelu(x, layer["up"], layer["up_bias"], epilogue=inputs.epilogues)
-    return _norm(x + linear(up, layer["down"], layer["down_bias"]), layer, "mlp_norm", config)
+    return _norm(x + linear(up, layer["down"], layer["down_bias"]), layer, "mlp_norm", config, inputs)
 
 
-def _norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: EncoderConfig) -> jax.Array:
-    return layer_norm(x, params[name], params[f"{name}_bias"], config.layer_norm_eps)
+def _norm(
+    x: jax.Array, params: dict[str, jax.Array], name: str, config: EncoderConfig, inputs: StepInputs
+) -> jax.Array:
+    weight, bias = params[name], params[f"{name}_bias"]
+    return layer_norm(x, weight, bias, config.layer_norm_eps, backend=inputs.backend)

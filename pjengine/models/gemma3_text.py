@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from pjengine.errors import ModelError
 from pjengine.models.hf_config import HFConfig, allow, head_dim, layer_windows, required
-from pjengine.models.layers import linear, rms_norm, split_heads
+from pjengine.models.layers import linear, split_heads
 from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.rope import Rope, layer_ropes
-from pjengine.pallas_kernels import apply_rope, packed_attention
+from pjengine.pallas_kernels import apply_rope, packed_attention, rms_norm
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjengine.models.layers import layer_norm, linear, split_heads
+from pjengine.models.layers import attention_qkv, linear
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
 from pjengine.models.rope import Rope
-from pjengine.pallas_kernels import apply_rope, packed_attention
+from pjengine.pallas_kernels import layer_norm
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -108,7 +108,7 @@ def forward(
     x = params["embed"][inputs.token_ids]
     if config.type_vocab_size:
         x += params["type_embed"][0] if inputs.token_types is None else params["type_embed"][inputs.token_types]
-    x = _norm(x, params, "embed_norm", config)
+    x = _norm(x, params, "embed_norm", config, inputs)
     rotation = config.rope.cos_sin(inputs.positions)
     for layer in params["layers"]:
         x = _layer(layer, x, rotation, inputs, config)
@@ -124,14 +124,18 @@ def _layer(
     inputs: StepInputs,
     config: GLUEncoderConfig,
 ) -> jax.Array:
-    q, k, v = split_heads(linear(x, layer["qkv"], layer.get("qkv_bias")), config.num_heads, config.num_heads)
-    q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
-    attended = packed_attention(q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, backend=inputs.backend)
-    x = _norm(x + linear(attended.reshape(x.shape), layer["o"], layer.get("o_bias")), layer, "attn_norm", config)
+    qkv = linear(x, layer["qkv"], layer.get("qkv_bias")).reshape(x.shape[0], 3 * config.num_heads, -1)
+    attended = attention_qkv(qkv, config.num_heads, rotation, inputs)
+    x = _norm(
+        x + linear(attended.reshape(x.shape), layer["o"], layer.get("o_bias")), layer, "attn_norm", config, inputs
+    )
     up, gate = jnp.split(linear(x, layer["up_gate"]).astype(jnp.float32), 2, axis=-1)
     gated = (_FUNCTIONS[config.activation](gate) * up).astype(x.dtype)
-    return _norm(x + linear(gated, layer["down"], layer.get("down_bias")), layer, "mlp_norm", config)
+    return _norm(x + linear(gated, layer["down"], layer.get("down_bias")), layer, "mlp_norm", config, inputs)
 
 
-def _norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: GLUEncoderConfig) -> jax.Array:
-    return layer_norm(x, params[name], params[f"{name}_bias"], config.layer_norm_eps)
+def _norm(
+    x: jax.Array, params: dict[str, jax.Array], name: str, config: GLUEncoderConfig, inputs: StepInputs
+) -> jax.Array:
+    weight, bias = params[name], params[f"{name}_bias"]
+    return layer_norm(x, weight, bias, config.layer_norm_eps, backend=inputs.backend)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pjengine.models.hf_config import HFConfig
-from pjengine.models.layers import layer_norm, unembed
+from pjengine.models.layers import unembed
 from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.pooling import pool, unit_length
+from pjengine.pallas_kernels import layer_norm
 from pjengine.step_inputs import StepInputs
 
 _FUNCTIONS = {

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pjengine.pallas_kernels import (
-    apply_rope,
     gated_product,
-    packed_attention,
+    packed_attention_qkv,
     paged_attention,
-    rope_write_kv,
+    rope_qkv,
     rope_write_kv_qkv,
     serves_gated_product,
 )
@@ -34,22 +34,6 @@ def unembed(x: jax.Array, weight: jax.Array) -> jax.Array:
 def dot_precision(x: jax.Array) -> jax.lax.Precision:
     """GPUs multiply float32 as TF32 unless told otherwise; narrower types lose nothing by default."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm (arXiv:1910.07467) over the last axis, in float32; x's dtype out."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * weight.astype(jnp.float32)).astype(x.dtype)
-
-
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
-    """Layer norm (arXiv:1607.06450) over the last axis, in float32; x's dtype out."""
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    y = y * weight.astype(jnp.float32)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
@@ -102,34 +86,6 @@ def split_heads(qkv: jax.Array, num_heads: int, num_kv_heads: int) -> tuple[jax.
     return q, k, v
 
 
-def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rotation: tuple[jax.Array, jax.Array],
-    inputs: StepInputs,
-    pages: LayerCache | None,
-    *,
-    window: int | None,
-    group: int,
-) -> tuple[jax.Array, LayerCache | None]:
-    """Rotates q and k and attends, over the layer's pages or, where those are None, inside the step's own tokens.
-
-    Args:
-      q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim], not yet rotated.
-      rotation: cos and sin, float32 [T, head_dim // 2].
-      window: as in CacheSpec.
-      group: which of the inputs' write slots and block tables are the layer's.
-    Returns: [T, heads, head_dim], and the pages with this step's k and v written; those passed in are dead (donated).
-    """
-    if pages is None:
-        return _attend_packed(q, k, v, rotation, inputs, window), None
-    q, k_pages, v_pages = rope_write_kv(
-        q, k, v, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=inputs.backend
-    )
-    return _attend_pages(q, LayerCache(k_pages, v_pages), inputs, window, group)
-
-
 def causal_attention_qkv(
     qkv: jax.Array,
     num_kv_heads: int,
@@ -139,34 +95,55 @@ def causal_attention_qkv(
     *,
     window: int | None,
     group: int,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    eps: float = 1e-6,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """`causal_attention` of a fused projection, read where it lies.
+    """Rotates q and k and attends, over the layer's pages or, where those are None, inside the step's own tokens.
 
     Args:
-      qkv: [T, heads + 2 * num_kv_heads, head_dim], not yet rotated.
-      The others, and what it returns: as in `causal_attention`.
+      qkv: [T, heads + 2 * num_kv_heads, head_dim]: the heads of q, then those of k, then those of v, not yet rotated.
+      rotation: cos and sin, float32 [T, head_dim // 2].
+      window: as in CacheSpec.
+      group: which of the inputs' write slots and block tables are the layer's.
+      q_norm, k_norm: [head_dim], weights of an RMS norm of each head before rotation, or both None; eps: of the norm.
+    Returns: [T, heads, head_dim], and the pages with this step's k and v written; those passed in are dead (donated).
     """
+    norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
     if pages is None:
-        heads = qkv.shape[1] - 2 * num_kv_heads
-        q, k, v = jnp.split(qkv, (heads, heads + num_kv_heads), axis=1)
-        return _attend_packed(q, k, v, rotation, inputs, window), None
+        return attention_qkv(qkv, num_kv_heads, rotation, inputs, causal=True, window=window, **norms), None
     q, k_pages, v_pages = rope_write_kv_qkv(
-        qkv, *rotation, pages.k, pages.v, inputs.write_slots[group], backend=inputs.backend
+        qkv, *rotation, pages.k, pages.v, inputs.write_slots[group], **norms, backend=inputs.backend
     )
     return _attend_pages(q, LayerCache(k_pages, v_pages), inputs, window, group)
 
 
-def _attend_packed(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+def attention_qkv(
+    qkv: jax.Array,
+    num_kv_heads: int,
     rotation: tuple[jax.Array, jax.Array],
     inputs: StepInputs,
-    window: int | None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    **norms: Any,
 ) -> jax.Array:
-    q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
-    scale, starts = q.shape[-1] ** -0.5, inputs.query_starts
-    return packed_attention(q, k, v, starts, scale=scale, causal=True, window=window, backend=inputs.backend)
+    """Rotates q and k and attends inside each of the step's sequences: [T, heads, head_dim].
+
+    Args:
+      qkv, rotation, norms: as in `causal_attention_qkv`.
+      causal, window: as in `packed_attention`.
+    """
+    qkv = rope_qkv(qkv, *rotation, kv_heads=num_kv_heads, **norms, backend=inputs.backend)
+    return packed_attention_qkv(
+        qkv,
+        inputs.query_starts,
+        kv_heads=num_kv_heads,
+        scale=qkv.shape[-1] ** -0.5,
+        causal=causal,
+        window=window,
+        backend=inputs.backend,
+    )
 
 
 def _attend_pages(

@@ -10,10 +10,10 @@ import jax
 
 from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig, allow, head_dim, layer_windows, required
-from pjengine.models.layers import geglu, layer_norm, linear, split_heads
+from pjengine.models.layers import attention_qkv, geglu, linear
 from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.rope import Rope, layer_ropes
-from pjengine.pallas_kernels import apply_rope, packed_attention
+from pjengine.pallas_kernels import layer_norm
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 
@@ -141,10 +141,10 @@ def forward(
       cache: passed through; encoders have none.
     """
     global_rotation, local_rotation = (r.cos_sin(inputs.positions) for r in (config.global_rope, config.local_rope))
-    x = layer_norm(params["embed"][inputs.token_ids], params["embed_norm"], None, config.norm_eps)
+    x = _norm(params["embed"][inputs.token_ids], params["embed_norm"], config, inputs)
     for layer, window in zip(params["layers"], config.windows, strict=True):
         x = _layer(layer, x, local_rotation if window else global_rotation, inputs, config, window)
-    return layer_norm(x, params["norm"], None, config.norm_eps), cache
+    return _norm(x, params["norm"], config, inputs), cache
 
 
 # Compiled as part of its caller; the jit makes one trace serve all layers of a kind.
@@ -157,12 +157,13 @@ def _layer(
     config: Config,
     window: int | None,
 ) -> jax.Array:
-    y = layer_norm(x, layer["attn_norm"], None, config.norm_eps) if "attn_norm" in layer else x
-    q, k, v = split_heads(linear(y, layer["qkv"]), config.num_heads, config.num_heads)
-    q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
-    attended = packed_attention(
-        q, k, v, inputs.query_starts, scale=q.shape[-1] ** -0.5, window=window, backend=inputs.backend
-    )
+    y = _norm(x, layer["attn_norm"], config, inputs) if "attn_norm" in layer else x
+    qkv = linear(y, layer["qkv"]).reshape(x.shape[0], 3 * config.num_heads, -1)
+    attended = attention_qkv(qkv, config.num_heads, rotation, inputs, window=window)
     x = x + linear(attended.reshape(x.shape), layer["o"])
-    gate_up = linear(layer_norm(x, layer["mlp_norm"], None, config.norm_eps), layer["gate_up"])
+    gate_up = linear(_norm(x, layer["mlp_norm"], config, inputs), layer["gate_up"])
     return x + linear(geglu(gate_up), layer["down"])
+
+
+def _norm(x: jax.Array, weight: jax.Array, config: Config, inputs: StepInputs) -> jax.Array:
+    return layer_norm(x, weight, None, config.norm_eps, backend=inputs.backend)

@@ -5,15 +5,20 @@ from pjengine.pallas_kernels.gated_mlp.api import gated_product, serves_gated_pr
 from pjengine.pallas_kernels.kv_write.api import rope_write_kv, rope_write_kv_qkv
 from pjengine.pallas_kernels.packed.api import packed_attention, packed_attention_qkv
 from pjengine.pallas_kernels.paged.api import paged_attention
+from pjengine.pallas_kernels.qkv_rotation.api import rope_qkv
 from pjengine.pallas_kernels.rope import apply_rope
+from pjengine.pallas_kernels.row_norm.api import layer_norm, rms_norm
 
 __all__ = [
     "apply_rope",
     "describe_backends",
     "gated_product",
+    "layer_norm",
     "packed_attention",
     "packed_attention_qkv",
     "paged_attention",
+    "rms_norm",
+    "rope_qkv",
     "rope_write_kv",
     "rope_write_kv_qkv",
     "serves_gated_product",

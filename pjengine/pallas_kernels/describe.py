@@ -11,7 +11,8 @@ from pjengine.pallas_kernels.gated_mlp import api as gated_mlp
 from pjengine.pallas_kernels.kv_write import api as kv_write
 from pjengine.pallas_kernels.packed import api as packed
 from pjengine.pallas_kernels.paged import api as paged
-from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, KVWriteSpec
+from pjengine.pallas_kernels.qkv_rotation import api as qkv_rotation
+from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, KVWriteSpec, RotationSpec
 
 
 def describe_backends(
@@ -43,12 +44,13 @@ def describe_backends(
             packed.BACKENDS,
             AttentionSpec(heads, kv_heads, head_dim, dtype, dtype, causal=False),
         ),
+        ("rope_qkv", qkv_rotation.BACKENDS, RotationSpec(heads, kv_heads, head_dim, dtype)),
         ("rope_write_kv", kv_write.BACKENDS, KVWriteSpec(heads, kv_heads, head_dim, dtype, kv_dtype, page_size)),
     ]
+    beside = {"rope_qkv": qkv_rotation.rotator(backend), "rope_write_kv": kv_write.writer(backend)}
     rows = []
     for op, backends, spec in ops:
-        name = kv_write.writer(backend) if op == "rope_write_kv" else backend
-        chosen, refusals = choose(name, backends, spec, target or current_target())
+        chosen, refusals = choose(beside.get(op, backend), backends, spec, target or current_target())
         rows.append((op, chosen.name if chosen else "none", "; ".join(f"{n}: {r}" for n, r in refusals)))
     if gated is not None:
         rows.append(_gated_row(gated, backend, target or current_target()))

@@ -44,7 +44,12 @@ class AttentionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class KVWriteSpec:
-    """The static side of a `rope_write_kv` call; fields as in AttentionSpec. rope: q and k are rotated."""
+    """The static side of a `rope_write_kv` call; fields as in AttentionSpec.
+
+    Attributes:
+      rope: q and k are rotated.
+      norm_eps: as in RotationSpec.
+    """
 
     heads: int
     kv_heads: int
@@ -54,6 +59,22 @@ class KVWriteSpec:
     page_size: int = 16
     rope: bool = True
     kv_scales: bool = False
+    norm_eps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RotationSpec:
+    """The static side of a `rope_qkv` call; fields as in AttentionSpec.
+
+    Attributes:
+      norm_eps: each head of q and k is RMS-normalised before rotation, this added to its mean square; None: none is.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    norm_eps: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +88,17 @@ class GatedSpec:
     hidden: int
     mlp: int
     dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowNormSpec:
+    """The static side of an `rms_norm` or, `centred`, a `layer_norm`, but for the rows.
+
+    Attributes:
+      hidden: elements of a row; dtype: NumPy name of all operands'; eps: joins the mean of squares.
+    """
+
+    hidden: int
+    dtype: str = "bfloat16"
+    centred: bool = False
+    eps: float = 1e-6

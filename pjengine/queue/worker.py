@@ -17,6 +17,7 @@ import msgspec
 from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import ConfigError, EngineOverloaded, InvalidRequest, PJEngineError, QueueUnavailable
+from pjengine.heap import freeze_heap
 from pjengine.queue.options import QueueOptions
 from pjengine.queue.worker_link import Claim, WorkerLink
 from pjengine.request import Output, Request
@@ -80,6 +81,7 @@ def run_worker(options: QueueOptions, config: EngineConfig, make_engine: MakeEng
     try:
         link.ping()  # before the model is loaded: a wrong URL is known at once
         engine = make_engine(config)
+        freeze_heap()
         with _signals() as signals:
             return Worker(engine, link, options, signals).run()
     finally:

@@ -279,12 +279,14 @@ def _measure(
         from pjengine.bench import report, roofline
         from pjengine.embedding_engine import EmbeddingEngine
         from pjengine.factory import make_engine, prepare_device
+        from pjengine.heap import freeze_heap
 
         # Repeated prompts must cost what they cost.
         config = dataclasses.replace(config, enable_prefix_caching=False)
         prepare_device(config)
         ceiling = roofline.measure()  # before the engine takes the memory
         engine = make_engine(config)
+        freeze_heap()  # as a server does
         if isinstance(engine, EmbeddingEngine) != (name == "embed"):
             raise ConfigError(
                 f"model: {config.model} is of kind {engine.info.kind}; `pjengine bench {name}` needs the other"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest, PJEngineError
+from pjengine.heap import freeze_heap
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request
 from pjengine.serving.logs import configure_logging
@@ -88,7 +89,9 @@ def run_engine(make_engine: MakeEngine, config: EngineConfig, address: str, log_
         # A failure is said by the process that started us, whose Hello may come after another's.
         clients = link.wait_hellos(FIRST_CLIENT.encode())
         try:
-            EngineLoop(make_engine(config), link, clients).run()
+            engine = make_engine(config)
+            freeze_heap()
+            EngineLoop(engine, link, clients).run()
             return
         except PJEngineError as error:
             fatal = Fatal(str(error), expected=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from pjengine.engine import Engine
 from pjengine.errors import ConfigError, OutOfMemory
 from pjengine.executables import open_store
 from pjengine.factory import make_engine
+from pjengine.heap import freeze_heap
 from pjengine.model_runner import ModelRunner
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.kernel_programs import Kernel
@@ -223,6 +225,12 @@ def test_steps_full_of_prompts_compute_few_rows_of_logits() -> None:
     assert [b.rows for b in sorted(gpu_buckets(64, 4096)) if b.tokens == 4096] == [64]
 
 
+def test_a_gpu_decodes_one_row_as_two() -> None:
+    """Unless a second row can never be: XLA's kernels for the norm of one row are slower (docs/decisions.md)."""
+    for rows, smallest in ((512, 2), (2, 2), (1, 1)):
+        assert min(b.rows for b in gpu_buckets(rows, 4096) if b.decode) == smallest
+
+
 def test_an_engine_that_is_gone_compiles_nothing_more() -> None:
     made = engine()
     assert isinstance(made.runner, ModelRunner)
@@ -230,3 +238,40 @@ def test_an_engine_that_is_gone_compiles_nothing_more() -> None:
     del made
     gc.collect()
     assert late.finished
+
+
+def test_programs_stay_in_sight_of_garbage_collection_unless_the_heap_is_frozen() -> None:
+    def lower_one() -> int:
+        program = Slow("one")
+        program.go.set()
+        made = compilation(program)
+        made.begin()
+        made.wait()
+        return gc.get_freeze_count()
+
+    assert lower_one() == 0, "an engine of a process that goes on can be freed"
+    freeze_heap()
+    try:
+        frozen = gc.get_freeze_count()
+        later: list[list[int]] = [[] for _ in range(1000)]
+        assert lower_one() >= frozen + len(later)
+    finally:
+        gc.unfreeze()
+
+
+def test_who_serves_while_programs_are_lowered_need_not_wait_long_for_the_interpreter() -> None:
+    before, during = sys.getswitchinterval(), []
+
+    class Watching(Slow):
+        def lower(self) -> Slow:
+            during.append(sys.getswitchinterval())
+            return self
+
+    program = Watching("watching")
+    program.go.set()
+    made = compilation(program)
+    made.begin()
+    made.wait()
+    made._end_threads()
+    assert during == [pytest.approx(5e-4)]
+    assert sys.getswitchinterval() == pytest.approx(before)

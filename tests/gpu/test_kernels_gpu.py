@@ -12,9 +12,12 @@ import pytest
 
 from pjengine.models.layers import linear_swiglu
 from pjengine.pallas_kernels import (
+    layer_norm,
     packed_attention,
     packed_attention_qkv,
     paged_attention,
+    rms_norm,
+    rope_qkv,
     rope_write_kv,
     rope_write_kv_qkv,
 )
@@ -267,6 +270,92 @@ def test_rope_write_kv_of_a_fused_projection(
         np.testing.assert_allclose(a, b, rtol=2**-7 if name != "v_pages" else 0, atol=1e-6, err_msg=name)
 
 
+def norm_weights(head_dim: int, dtype: str) -> dict[str, Any]:
+    rng = np.random.default_rng(head_dim)
+    return {f"{name}_norm": jnp.asarray(rng.uniform(0.5, 2, head_dim), dtype) for name in ("q", "k")}
+
+
+def uneven_projection(tokens: int, all_heads: int, head_dim: int, dtype: str) -> tuple[Any, Any, Any]:
+    """A projection whose heads differ in size by orders of magnitude, and the angles of its tokens."""
+    rng = np.random.default_rng(tokens)
+    qkv = rng.standard_normal((tokens, all_heads, head_dim)) * 10 ** rng.uniform(-2, 2, (tokens, all_heads, 1))
+    angles = rng.uniform(0, 6, (tokens, head_dim // 2))
+    return (
+        jnp.asarray(qkv, dtype),
+        jnp.asarray(np.cos(angles), jnp.float32),
+        jnp.asarray(np.sin(angles), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [1, 63, 1000, 3001])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 8, 128), (14, 2, 64), (8, 4, 256), (32, 8, 80)])
+def test_rope_write_kv_of_a_projection_with_norms(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: str
+) -> None:
+    """Against the reference in float32; pages that are not written hold NaN and keep it."""
+    rng = np.random.default_rng(tokens)
+    qkv, cos, sin = uneven_projection(tokens, heads + 2 * kv_heads, head_dim, dtype)
+    norms, pages = norm_weights(head_dim, dtype), tokens // 16 + 4
+    slots = rng.permutation(np.arange(16, pages * 16))[:tokens].astype(np.int32)
+    slots[1::7] = -1
+    write = jax.jit(rope_write_kv_qkv, static_argnames="backend", donate_argnums=(3, 4))
+
+    def run(dtype: str, backend: str) -> Any:
+        pools = (jnp.full((pages, kv_heads, 16, head_dim), jnp.nan, dtype) for _ in range(2))
+        weights = {name: weight.astype(dtype) for name, weight in norms.items()}
+        return write(qkv.astype(dtype), cos, sin, *pools, jnp.asarray(slots), backend=backend, **weights)
+
+    error = BFLOAT16_ERROR if dtype == "bfloat16" else 2e-3
+    for name, a, b in zip(("q", "k_pages", "v_pages"), run(dtype, "mosaic"), run("float32", "reference"), strict=True):
+        a, b = (np.asarray(x.astype(jnp.float32)) for x in (a, b))
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b), err_msg=name)
+        assert relative_error(jnp.nan_to_num(a), np.nan_to_num(b)) < (error if name != "v_pages" else 1e-9), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("tokens", [1, 63, 1000, 3001])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 8, 128), (14, 2, 64), (12, 12, 32)])
+def test_rope_qkv(tokens: int, heads: int, kv_heads: int, head_dim: int, norm: bool, dtype: str) -> None:
+    """Against the reference in float32; v stays as it is, NaN too, and so does a projection that is not donated."""
+    qkv, cos, sin = uneven_projection(tokens, heads + 2 * kv_heads, head_dim, dtype)
+    qkv = qkv.at[:, heads + kv_heads :, 1].set(jnp.nan)
+    norms = norm_weights(head_dim, dtype) if norm else {}
+    wide = {name: weight.astype(jnp.float32) for name, weight in norms.items()}
+    rotate = jax.jit(rope_qkv, static_argnames=("kv_heads", "backend"))
+    before = np.asarray(qkv.astype(jnp.float32))
+    actual, again = (rotate(qkv, cos, sin, kv_heads=kv_heads, backend="mosaic", **norms) for _ in range(2))
+    expected = rotate(qkv.astype(jnp.float32), cos, sin, kv_heads=kv_heads, backend="reference", **wide)
+    turned, end = np.asarray(actual.astype(jnp.float32)), heads + kv_heads
+    np.testing.assert_array_equal(np.asarray(qkv.astype(jnp.float32)), before)
+    np.testing.assert_array_equal(turned, np.asarray(again.astype(jnp.float32)))
+    np.testing.assert_array_equal(turned[:, end:], before[:, end:])
+    error = BFLOAT16_ERROR if dtype == "bfloat16" else 2e-3
+    assert relative_error(turned[:, :end], np.asarray(expected[:, :end])) < error
+
+
+@pytest.mark.parametrize("rows", [300, 6])
+def test_rope_qkv_and_attention_of_its_result(rows: int) -> None:
+    """As a causal embedder does it, over ragged sequences, with NaN in the padding."""
+    lens = np.array([3, 200, 1, 0, 70, 64, 8, 300, 5, 5, 5, 90] if rows > 12 else [512, 300, 0, 1, 130, 64])
+    starts = jnp.asarray(np.cumsum([0, *lens, *[0] * (rows - len(lens))]), jnp.int32)
+    real = int(starts[-1])
+    qkv, cos, sin = uneven_projection(real + 70, 16 + 2 * 8, 128, "bfloat16")
+    norms = norm_weights(128, "bfloat16")
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def attend(qkv: Any, norms: Any, backend: str) -> Any:
+        turned = rope_qkv(qkv, cos, sin, kv_heads=8, backend=backend, **norms)
+        return packed_attention_qkv(turned, starts, kv_heads=8, scale=128**-0.5, causal=True, backend=backend)
+
+    wide = {name: weight.astype(jnp.float32) for name, weight in norms.items()}
+    expected = attend(qkv.astype(jnp.float32), wide, "reference")
+    actual = attend(qkv.at[real:].set(jnp.nan), norms, "mosaic")
+    assert relative_error(actual[:real].astype(jnp.float32), np.asarray(expected[:real])) < BFLOAT16_ERROR
+    assert jnp.isfinite(actual).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tokens", [1024, 1032, 1400, 2048, 4096])
 @pytest.mark.parametrize(("hidden", "mlp"), [(4096, 14336), (896, 4864), (576, 1536), (64, 128)])
@@ -283,3 +372,23 @@ def test_linear_swiglu(tokens: int, hidden: int, mlp: int, dtype: str) -> None:
     assert relative_error(actual.astype(jnp.float32), np.asarray(expected)) < BFLOAT16_ERROR
     assert jnp.isfinite(actual).all()
     assert (actual == again).all(), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "hidden"), [(2048, 1024), (2051, 768), (8192, 1024), (3001, 256)])
+def test_norms_of_many_rows(rows: int, hidden: int, dtype: str) -> None:
+    keys = jax.random.split(jax.random.key(rows + hidden), 4)
+    scale = jnp.exp(2 * jax.random.normal(keys[0], (rows, 1)))
+    x = (scale * (1 + jax.random.normal(keys[1], (rows, hidden)))).astype(dtype)
+    weight, bias = (jax.random.normal(key, (hidden,)).astype(dtype) for key in keys[2:])
+
+    def norms(x: jax.Array, weight: jax.Array, bias: jax.Array, backend: str) -> tuple[jax.Array, ...]:
+        plain, shifted = (layer_norm(x, weight, b, 1e-6, backend=backend) for b in (None, bias))
+        return rms_norm(x, weight, 1e-6, backend=backend), plain, shifted
+
+    jitted = jax.jit(norms, static_argnames="backend")
+    actual, again = (jitted(x, weight, bias, "auto") for _ in range(2))
+    expected = jitted(*(a.astype(jnp.float32) for a in (x, weight, bias)), "reference")
+    for a, b, right in zip(actual, again, expected, strict=True):
+        assert relative_error(a.astype(jnp.float32), np.asarray(right)) < BFLOAT16_ERROR
+        assert (a == b).all(), "two runs differ"

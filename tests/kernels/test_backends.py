@@ -70,6 +70,7 @@ def test_description_names_every_op() -> None:
         "paged_attention (decode)": "mosaic",
         "paged_attention (mixed)": "mosaic",
         "packed_attention": "mosaic",
+        "rope_qkv": "mosaic",
         "rope_write_kv": "mosaic",
     }
     on_cpu = describe_backends(32, 8, 128, 64, "float32", target=CPU)
@@ -107,9 +108,9 @@ def triton_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("triton_installed")
 def test_triton_serves_attention_from_ampere_on() -> None:
     rows = describe_backends(32, 8, 80, 64, "float32", target=AMPERE)
-    assert [backend for _, backend, _ in rows] == ["triton", "triton", "triton", "reference"]
+    assert [backend for _, backend, _ in rows] == ["triton", "triton", "triton", "reference", "reference"]
     forced = describe_backends(32, 8, 128, 64, "bfloat16", backend="triton", target=HOPPER)
-    assert [backend for _, backend, _ in forced] == ["triton", "triton", "triton", "mosaic"]
+    assert [backend for _, backend, _ in forced] == ["triton", "triton", "triton", "reference", "mosaic"]
 
 
 @pytest.mark.usefixtures("triton_installed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 from pjengine.errors import KernelUnavailable
 from pjengine.models.layers import linear_swiglu
 from pjengine.pallas_kernels import (
+    layer_norm,
     packed_attention,
     packed_attention_qkv,
     paged_attention,
+    rms_norm,
     rope_write_kv,
     rope_write_kv_qkv,
 )
@@ -153,28 +156,37 @@ def test_kv_write_is_in_place(tokens: int, kv_dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "kv_dtype", "fused"),
+    ("shape", "dtype", "kv_dtype", "norm", "fused"),
     [
-        ((32, 8, 128), "bfloat16", "bfloat16", True),
-        ((8, 4, 256), "float16", "float16", True),
-        ((32, 8, 128), "bfloat16", "float8_e4m3fn", False),  # XLA rotates and narrows
-        ((9, 3, 64), "float32", "float32", False),
-        ((16, 8, 40), "bfloat16", "bfloat16", False),
+        ((32, 8, 128), "bfloat16", "bfloat16", False, True),
+        ((8, 4, 256), "float16", "float16", False, True),
+        ((32, 8, 80), "bfloat16", "bfloat16", False, True),
+        ((16, 8, 128), "bfloat16", "bfloat16", True, True),
+        ((14, 2, 64), "float16", "float16", True, True),
+        ((32, 8, 128), "bfloat16", "float8_e4m3fn", False, False),  # XLA rotates and narrows
+        ((16, 8, 128), "bfloat16", "float8_e4m3fn", True, False),
+        ((9, 3, 64), "float32", "float32", False, False),
+        ((16, 8, 40), "bfloat16", "bfloat16", False, False),
+        ((32, 8, 80), "bfloat16", "bfloat16", True, False),  # five threads a head: their squares are no shuffles' sum
     ],
 )
 def test_kv_write_of_a_fused_projection_is_one_launch(
-    shape: tuple[int, int, int], dtype: str, kv_dtype: str, fused: bool
+    shape: tuple[int, int, int], dtype: str, kv_dtype: str, norm: bool, fused: bool
 ) -> None:
     heads, kv_heads, head_dim = shape
+
+    def write(qkv: Any, cos: Any, sin: Any, k_pages: Any, v_pages: Any, slots: Any, weight: Any) -> Any:
+        norms = {"q_norm": weight, "k_norm": weight} if norm else {}
+        return rope_write_kv_qkv(qkv, cos, sin, k_pages, v_pages, slots, backend="mosaic", **norms)
+
     for tokens in (1, 5000):
         text = lower_for_hopper(
-            lambda qkv, cos, sin, k_pages, v_pages, slots: rope_write_kv_qkv(
-                qkv, cos, sin, k_pages, v_pages, slots, backend="mosaic"
-            ),
+            write,
             ((tokens, heads + 2 * kv_heads, head_dim), dtype),
             *[((tokens, head_dim // 2), "float32")] * 2,
             *[((30, kv_heads, 64, head_dim), kv_dtype)] * 2,
             ((tokens,), "int32"),
+            ((head_dim,), dtype),
             donate_argnums=(3, 4),
         )
         (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2" in line)
@@ -230,6 +242,40 @@ def test_layers_share_one_gated_product() -> None:
     text = lower_gated(1024, 512, 1024, layers=3)
     assert text.count("@mosaic_gpu_v2") == 1
     assert text.count("call @gated_product") == 3
+
+
+def all_norms(x: Any, weight: Any, bias: Any, backend: str = "auto") -> Any:
+    return (
+        rms_norm(x, weight, 1e-6, backend=backend),
+        layer_norm(x, weight, None, 1e-6, backend=backend),
+        layer_norm(x, weight, bias, 1e-6, backend=backend),
+    )
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(2048, 1024), (2051, 768), (8192, 256)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_norms_of_many_rows_are_one_launch(rows: int, hidden: int, dtype: str) -> None:
+    vector = ((hidden,), dtype)
+    text = lower_for_hopper(all_norms, ((rows, hidden), dtype), vector, vector)
+    assert text.count("@mosaic_gpu_v2") == 3
+    assert "stablehlo.rsqrt" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "dtype", "backend"),
+    [
+        (2040, 1024, "bfloat16", "auto"),
+        (4096, 4096, "bfloat16", "auto"),
+        (4096, 384, "bfloat16", "auto"),
+        (4096, 1024, "float32", "auto"),
+        (4096, 1024, "bfloat16", "reference"),
+        (4096, 1024, "bfloat16", "triton"),
+    ],
+)
+def test_norms_leave_the_rest_to_xla(rows: int, hidden: int, dtype: str, backend: str) -> None:
+    vector = ((hidden,), dtype)
+    text = lower_for_hopper(functools.partial(all_norms, backend=backend), ((rows, hidden), dtype), vector, vector)
+    assert "mosaic" not in text
 
 
 def test_refusals_name_the_reason() -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.pallas_kernels import apply_rope, rope_write_kv, rope_write_kv_qkv
+from pjengine.pallas_kernels import apply_rope, rms_norm, rope_write_kv, rope_write_kv_qkv
 
 PAGES, KV_HEADS, PAGE, DIM = 5, 2, 4, 8
 
@@ -104,6 +104,29 @@ def test_a_fused_projection_gives_what_its_parts_give(rotated: bool) -> None:
     actual = rope_write_kv_qkv(jnp.concatenate([q, k, v], axis=1), cos, sin, *pools(), slots)
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_norms_come_before_the_rotation(rotated: bool) -> None:
+    q, k, v, *angles = inputs()
+    cos, sin = angles if rotated else (None, None)
+    slots = jnp.array([4, 11, -1, 19, 13, -7], jnp.int32)
+    weights = [jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, DIM), jnp.float32) for i in range(2)]
+    normed_q, normed_k = (rms_norm(x, weight, 0.01) for x, weight in zip((q, k), weights, strict=True))
+    expected = rope_write_kv(normed_q, normed_k, v, cos, sin, *pools(), slots)
+    qkv = jnp.concatenate([q, k, v], axis=1)
+    actual = rope_write_kv_qkv(qkv, cos, sin, *pools(), slots, q_norm=weights[0], k_norm=weights[1], eps=0.01)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_norms_that_do_not_fit_are_refused() -> None:
+    q, k, v, cos, sin = inputs()
+    qkv, slots = jnp.concatenate([q, k, v], axis=1), jnp.arange(4, 10, dtype=jnp.int32)
+    with pytest.raises(ValueError, match="q_norm, k_norm: expected both or neither"):
+        rope_write_kv_qkv(qkv, cos, sin, *pools(), slots, k_norm=jnp.ones(DIM))
+    with pytest.raises(ValueError, match=r"q_norm: expected float32 \[8\], got float32 \[6\]"):
+        rope_write_kv_qkv(qkv, cos, sin, *pools(), slots, q_norm=jnp.ones(6), k_norm=jnp.ones(6))
 
 
 def test_wrong_shapes_of_a_fused_projection() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.head_norms import head_norm_eps
 from pjengine.pallas_kernels.kv_write.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
@@ -69,12 +72,17 @@ def rope_write_kv_qkv(
     *,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`rope_write_kv` of a fused projection, read where it lies.
+    """`rope_write_kv` of a fused projection, read where it lies, whose queries and keys may be normalised first.
 
     Args:
       qkv: [T, heads + 2 * kv_heads, head_dim]: the heads of q, then those of k, then those of v.
+      q_norm, k_norm: [head_dim] in qkv's dtype, weights of an RMS norm of each head of q and of k before rotation, or
+        both None; eps: of those norms.
       The others: as in `rope_write_kv`.
     Returns: (q rotated [T, heads, head_dim], k_pages, v_pages).
     Raises: as `rope_write_kv`.
@@ -84,8 +92,9 @@ def rope_write_kv_qkv(
     if heads < 1 or heads % kv_heads:
         raise ValueError(f"qkv: expected [T, heads + 2 * {kv_heads}, head_dim], got {qkv.shape}")
     spec = _spec((heads, kv_heads), qkv, cos, sin, k_pages, v_pages, write_slots, (k_scale, v_scale))
+    spec = dataclasses.replace(spec, norm_eps=head_norm_eps(q_norm, k_norm, eps, qkv))
     implementation = select("rope_write_kv", writer(backend), BACKENDS_QKV, spec).load()
-    return implementation(qkv, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
+    return implementation(qkv, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, q_norm, k_norm, spec=spec)
 
 
 def _spec(

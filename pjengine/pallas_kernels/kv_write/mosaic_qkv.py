@@ -1,8 +1,7 @@
-"""Rotation and in-place KV write of a fused projection on Hopper: one launch that reads the projection where it lies.
+"""Norms, rotation and in-place KV write of a fused projection on Hopper: one launch that reads it where it lies.
 
-A thread takes 8 elements of a head's first half and the 8 that they turn with: two loads of 16 bytes, two stores. It is
-all loads and stores, so what counts is that there is one launch, where rotations of q and k, a copy of v and a write
-would be four.
+It is all loads and stores, 16 bytes each, so what counts is that there is one launch, where rotations of q and k, a
+copy of v and a write would be four.
 """
 
 from __future__ import annotations
@@ -16,16 +15,25 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
-from jaxlib.mlir.dialects import math as mlir_math
+from jaxlib.mlir.dialects import arith
 
+from pjengine.pallas_kernels import head_sizes
+from pjengine.pallas_kernels.head_norms import norm_heads
+from pjengine.pallas_kernels.head_pieces import (
+    load_angles,
+    load_piece,
+    load_weights,
+    normalised,
+    rotated,
+    store_piece,
+    widened,
+)
+from pjengine.pallas_kernels.head_sizes import PIECE
 from pjengine.pallas_kernels.kv_write import mosaic
 from pjengine.pallas_kernels.mosaic_common import launch
-from pjengine.pallas_kernels.registers import Int32, far_pointer, int32, load_words, pointer, this_thread
+from pjengine.pallas_kernels.registers import Int32, int32, load_words, this_thread
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
-VECTOR = 8  # elements of a load: 16 bytes
 THREADS = 128
 
 
@@ -38,20 +46,24 @@ def rope_write_kv_qkv(
     write_slots: jax.Array,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
     *,
     spec: KVWriteSpec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pjengine.pallas_kernels.rope_write_kv_qkv`. What the kernel does not serve, XLA rotates and narrows."""
     if cos is not None and sin is not None and _serves(spec):
-        return _rotate_and_write(qkv, cos, sin, k_pages, v_pages, write_slots, spec=spec)
+        norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
+        return _rotate_and_write(qkv, cos, sin, norms, k_pages, v_pages, write_slots, spec=spec)
     q, k, v = jnp.split(qkv, (spec.heads, spec.heads + spec.kv_heads), axis=1)
+    q, k = norm_heads(q, k, q_norm, k_norm, spec.norm_eps)
     return mosaic.rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
 
 
 def _serves(spec: KVWriteSpec) -> bool:
-    """Whether elements are of 16 bits and stored as they are, and a thread's loads divide half a head."""
+    """Whether elements are stored as they are, and heads can be held in pieces."""
     plain = spec.kv_dtype == spec.dtype and not spec.kv_scales
-    return plain and jnp.dtype(spec.dtype).itemsize == 2 and spec.head_dim % (2 * VECTOR) == 0
+    return plain and head_sizes.refusal(spec.head_dim, spec.dtype, norm=spec.norm_eps is not None) is None
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -59,6 +71,7 @@ def _rotate_and_write(
     qkv: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
+    norms: tuple[jax.Array, ...],
     k_pages: jax.Array,
     v_pages: jax.Array,
     slots: jax.Array,
@@ -67,10 +80,10 @@ def _rotate_and_write(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     tokens = qkv.shape[0]
     k_ref, v_ref = (jax.new_ref(x, memory_space=plgpu.GMEM) for x in (k_pages, v_pages))
-    units = tokens * (spec.heads + 2 * spec.kv_heads) * (spec.head_dim // (2 * VECTOR))
+    units = tokens * (spec.heads + 2 * spec.kv_heads) * (spec.head_dim // PIECE)
     (q,) = launch(
         functools.partial(_kernel, spec=spec, units=units),
-        (qkv, cos, sin, slots, k_ref, v_ref),
+        (qkv, cos, sin, slots, *norms, k_ref, v_ref),
         out_type=(jax.ShapeDtypeStruct((tokens, spec.heads, spec.head_dim), qkv.dtype),),
         scratch={},
         grid={"block": pl.cdiv(units, THREADS)},
@@ -79,59 +92,36 @@ def _rotate_and_write(
     return q, jax.freeze(k_ref), jax.freeze(v_ref)
 
 
-def _kernel(
-    qkv_ref: Any,
-    cos_ref: Any,
-    sin_ref: Any,
-    slots_ref: Any,
-    k_pages_ref: Any,
-    v_pages_ref: Any,
-    q_ref: Any,
-    *,
-    spec: KVWriteSpec,
-    units: int,
-) -> None:
+def _kernel(*refs: Any, spec: KVWriteSpec, units: int) -> None:
     heads, kv_heads, head_dim, page_size = spec.heads, spec.kv_heads, spec.head_dim, spec.page_size
-    per_head, per_token = head_dim // (2 * VECTOR), heads + 2 * kv_heads
-    half_bytes = head_dim  # of 16-bit elements
+    per_head, per_token = head_dim // PIECE, heads + 2 * kv_heads
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 7, plgpu.Layout.WG_SPLAT))
-    def move(
-        ctx: Any, qkv: Any, cos: Any, sin: Any, slots: Any, k_pages: Any, v_pages: Any, q: Any, block: Any
-    ) -> None:
-        element = ir.MemRefType(qkv.type).element_type
-        narrow, wide = ir.VectorType.get((VECTOR,), element), ir.VectorType.get((VECTOR,), ir.F32Type.get())
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT))
+    def move(ctx: Any, qkv: Any, cos: Any, sin: Any, slots: Any, *others: Any) -> None:
+        *norms, k_pages, v_pages, q, block = others
         unit = Int32(block.registers.item()) * THREADS + this_thread().index
-        with mgpu_utils.when(unit.below(units)):
-            column, row = unit % per_head, unit // per_head
-            token, head = row // per_token, row % per_token
-            offset = column * (2 * VECTOR)  # bytes into a half
-            first, second = (
-                llvm.load(narrow, far_pointer(qkv, row, 2 * half_bytes, offset + half * half_bytes)) for half in (0, 1)
-            )
-            slot = Int32(*load_words(slots, token * 4, 4))
-            turns = head.below(heads + kv_heads)
-            angles = (token * (head_dim // 2) + column * VECTOR) * 4
-            c, s = (llvm.load(wide, pointer(ref, angles)) for ref in (cos, sin))
-            a, b = arith.extf(wide, first), arith.extf(wide, second)
-            left = mlir_math.fma(a, c, arith.negf(arith.mulf(b, s)))
-            right = mlir_math.fma(b, c, arith.mulf(a, s))
-            halves = [
-                arith.select(turns, arith.truncf(narrow, turned), as_is)
-                for turned, as_is in ((left, first), (right, second))
-            ]
+        real = unit.below(units)
+        unit = unit.minimum(units - 1)  # all threads of a warp add squares together
+        column, row = unit % per_head, unit // per_head
+        token, head = row // per_token, row % per_token
+        as_is = load_piece(qkv, row, column, head_dim)
+        slot = Int32(*load_words(slots, token * 4, 4))
+        angles = load_angles(cos, sin, token, column, head_dim)
+        piece = widened(as_is)
+        if spec.norm_eps is not None:
+            weights = load_weights(norms, head.below(heads), column, head_dim)
+            piece = normalised(piece, weights, head_dim, spec.norm_eps)
+        turns = head.below(heads + kv_heads)
+        turned = rotated(piece, angles, as_is[0].type)
+        moved = [arith.select(turns, *halves) for halves in zip(turned, as_is, strict=True)]
+        with mgpu_utils.when(arith.andi(real, head.below(heads))):
+            store_piece(moved, q, token * heads + head, column, head_dim)
+        written = arith.andi(real, arith.cmpi(arith.CmpIPredicate.sge, slot.value, int32(0).value))
+        for ref, begin in ((k_pages, heads), (v_pages, heads + kv_heads)):
+            own = Int32(arith.subi(head.value, int32(begin).value))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, own.value, int32(kv_heads).value)
+            with mgpu_utils.when(arith.andi(inside, written)):
+                place = (slot // page_size * kv_heads + own) * page_size + slot % page_size
+                store_piece(moved, ref, place, column, head_dim)
 
-            def store(ref: Any, place: Int32) -> None:
-                for half, values in enumerate(halves):
-                    llvm.store(values, far_pointer(ref, place, 2 * half_bytes, offset + half * half_bytes))
-
-            with mgpu_utils.when(head.below(heads)):
-                store(q, token * heads + head)
-            written = arith.cmpi(arith.CmpIPredicate.sge, slot.value, int32(0).value)
-            for ref, begin in ((k_pages, heads), (v_pages, heads + kv_heads)):
-                own = Int32(arith.subi(head.value, int32(begin).value))
-                inside = arith.cmpi(arith.CmpIPredicate.ult, own.value, int32(kv_heads).value)
-                with mgpu_utils.when(arith.andi(inside, written)):
-                    store(ref, (slot // page_size * kv_heads + own) * page_size + slot % page_size)
-
-    move(qkv_ref, cos_ref, sin_ref, slots_ref, k_pages_ref, v_pages_ref, q_ref, lax.axis_index("block"))
+    move(*refs, lax.axis_index("block"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pjengine.pallas_kernels.head_norms import norm_heads
 from pjengine.pallas_kernels.rope import apply_rope
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
@@ -38,11 +39,14 @@ def rope_write_kv_qkv(
     write_slots: jax.Array,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
     *,
     spec: KVWriteSpec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pjengine.pallas_kernels.rope_write_kv_qkv`."""
     q, k, v = jnp.split(qkv, (spec.heads, spec.heads + spec.kv_heads), axis=1)
+    q, k = norm_heads(q, k, q_norm, k_norm, spec.norm_eps)
     return rope_write_kv(q, k, v, cos, sin, k_pages, v_pages, write_slots, k_scale, v_scale, spec=spec)
 
 

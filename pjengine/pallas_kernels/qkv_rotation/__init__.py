@@ -1,0 +1,1 @@
+"""Rotation of the queries and keys of a fused projection, in place."""
