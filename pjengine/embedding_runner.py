@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _GPU_SIZES = (16, 64, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
 _CPU_SIZES = (32, 128, 512)
 _SHORT = 8  # tokens of a text, on average, for which a shape has rows
-_LONG = 64  # the same, in shapes for long texts: those with _LONG_FROM tokens, if texts may be as long
+_LONG = 480  # the same, in shapes for long texts: those with _LONG_FROM tokens, if texts may be as long
 _LONG_FROM = 2048
 # Tokens from which on cuBLAS takes all products of a batch: it is at the speed of the tensor cores, and its epilogues
 # spare passes over activations. With few tokens Triton's products that split the inner dimension are faster.
@@ -51,7 +51,7 @@ def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) ->
     sizes.append(largest)
     buckets = [Bucket(size, min(max_rows, max(8, size // _SHORT)), False) for size in sizes]
     if gpu and window >= _LONG_FROM:
-        buckets += [Bucket(size, min(max_rows, size // _LONG), False) for size in sizes if size >= _LONG_FROM]
+        buckets += [Bucket(size, min(max_rows, max(1, size // _LONG)), False) for size in sizes if size >= _LONG_FROM]
     return sorted(set(buckets))
 
 

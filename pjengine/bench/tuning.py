@@ -31,7 +31,7 @@ ENCODER_HEADS = (Heads(16, 16, 64), Heads(12, 12, 32))
 PAGE = 64
 DECODE_LENS = [512] * 64 + [4096] * 16
 PREFILL_SPANS = [(2048, 2048)] * 2 + [(512, 4096)]
-SHORT_LENS, LONG_LENS = [18] * 900, [512] * 16 + [204] * 40
+SHORT_LENS, LONG_LENS = [18] * 900, [512] * 16 + [2048] * 4
 COMPILATIONS = os.cpu_count() or 1
 MARGIN = 0.98  # a candidate replaces the heuristic where it needs less of its time than this
 
@@ -141,7 +141,7 @@ def mosaic_tunables(target: Target) -> Iterator[Tunable]:
         yield Tunable("mosaic packed, short", spec, short_config(spec, sms), {"warpgroups": (2, 3, 4)}, timer)
         op = functools.partial(_packed, packed.packed_attention, "long", spec)
         timer = functools.partial(_packed_timer, op, spec, LONG_LENS)
-        fields = {"block": (64, 128), "stages": (2, 4, 6)}
+        fields = {"warpgroups": (3, 4), "stages": (4, 6, 8)}
         yield Tunable("mosaic packed, long", spec, long_config(spec, sms), fields, timer)
 
 

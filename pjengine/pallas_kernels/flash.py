@@ -1,8 +1,4 @@
-"""What the prefill kernel and the packed one for long sequences share: KV blocks in flight, the softmax and its end.
-
-Both follow FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): two warpgroups of 64 queries each take turns at the
-tensor cores, so that one's softmax hides behind the other's products.
-"""
+"""What the prefill kernel and the packed one for long sequences share: KV blocks in flight; the end of a softmax."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.mosaic_common import MASKED, TILE_ROWS, column, tile, tiled_smem
+from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, tiled_smem
 
 COMPUTE_WARPGROUPS = 2
 TILE = COMPUTE_WARPGROUPS * TILE_ROWS  # queries per work item
@@ -28,8 +24,7 @@ State = tuple[jax.Array, jax.Array, jax.Array]  # accumulator [64, head_dim], ru
 class Ring:
     """K and V blocks in flight: shared memory [stages, block, head_dim] each, and a barrier per stage.
 
-    full: the copy has landed; free: every compute warpgroup is done with it. Where several rings lie in one array, this
-    one begins at stage `base` and has `size` stages; None: all of them.
+    full: the copy has landed; free: every compute warpgroup is done with it.
     """
 
     k: Any
@@ -38,20 +33,14 @@ class Ring:
     v_full: Any
     k_free: Any
     v_free: Any
-    base: Any = 0
-    size: int | None = None
 
     @property
     def stages(self) -> int:
-        return self.size or self.k.shape[0]
-
-    def slot(self, step: jax.Array) -> jax.Array:
-        """The place of block number `step`."""
-        return self.base + lax.rem(step, jnp.int32(self.stages))
+        return self.k.shape[0]
 
     def fill(self, step: jax.Array, copy: Callable[[str, Any, Any], None]) -> None:
         """Calls copy("k" or "v", shared memory, barrier) for block number `step` as soon as its place is free."""
-        slot = self.slot(step)
+        slot = lax.rem(step, jnp.int32(self.stages))
         for name, smem, full, free in (
             ("k", self.k, self.k_full, self.k_free),
             ("v", self.v, self.v_full, self.v_free),
@@ -64,10 +53,8 @@ class Ring:
             copy(name, smem.at[slot], full.at[slot])
 
 
-def ring_scratch(
-    stages: int, block: int, head_dim: int, dtype: Any, copies: int, readers: int = COMPUTE_WARPGROUPS
-) -> dict[str, Any]:
-    """Scratch for a Ring; copies: arrivals that make a stage full, readers: arrivals that make it free."""
+def ring_scratch(stages: int, block: int, head_dim: int, dtype: Any, copies: int) -> dict[str, Any]:
+    """Scratch for a Ring; copies: arrivals that make a stage full."""
 
     def barrier(arrivals: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
@@ -77,13 +64,9 @@ def ring_scratch(
         "v": tiled_smem((stages, block, head_dim), dtype),
         "k_full": barrier(copies),
         "v_full": barrier(copies),
-        "k_free": barrier(readers),
-        "v_free": barrier(readers),
+        "k_free": barrier(COMPUTE_WARPGROUPS),
+        "v_free": barrier(COMPUTE_WARPGROUPS),
     }
-
-
-def initial_state(head_dim: int) -> State:
-    return tile(0, head_dim), column(MASKED), column(0)
 
 
 def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -99,9 +82,3 @@ def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.
         acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
         total = total * rescale + jnp.exp2(sink - new_top)
     return acc, jnp.where(total == 0, 1.0, total)  # a query that sees nothing
-
-
-def take_turn(turns: Any) -> None:
-    """Hands the tensor cores to the other warpgroup and waits to get them back."""
-    plgpu.barrier_arrive(turns)
-    plgpu.barrier_wait(turns)

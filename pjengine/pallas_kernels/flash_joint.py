@@ -94,7 +94,7 @@ def first_block(
       half: no query sees the second half of the block, or None: unknown.
       tokens: how many leading tokens of the block exist; what stands in the others may be NaN.
     """
-    slot = ring.slot(step)
+    slot = lax.rem(step, jnp.int32(ring.stages))
     block = ring.k.shape[1]
     plgpu.barrier_wait(ring.k_full.at[slot])
     turns.wait()
@@ -130,7 +130,7 @@ def next_block(
     made while one runs. The wait for V stands where it does because the assembler moves the wait for a product upwards,
     but not past a loop.
     """
-    slot, before = (ring.slot(x) for x in (step, step - 1))
+    slot, before = (lax.rem(x, jnp.int32(ring.stages)) for x in (step, step - 1))
     plgpu.barrier_wait(ring.k_full.at[slot])
     turns.wait()
     acc, top, total, weights = state
@@ -159,7 +159,7 @@ def last_values(ring: Ring, turns: Turns, step: jax.Array, state: State) -> tupl
     Returns: accumulator [64, head_dim], maximum [64] (log2), sum of weights [64].
     """
     acc, top, total, weights = state
-    slot = ring.slot(step)
+    slot = lax.rem(step, jnp.int32(ring.stages))
     turns.wait()
 
     def products(acc_ref: Any) -> None:

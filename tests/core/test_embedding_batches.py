@@ -14,6 +14,7 @@ from pjengine.embedding_engine import EmbeddingEngine
 from pjengine.embedding_runner import embedding_buckets, timed_sizes
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest
+from pjengine.pallas_kernels.packed.mosaic import LONG
 from pjengine.request import Output, Request
 from pjengine.token_budget import CurvePoint, knee, measure_curve
 from pjengine.waiting_line import LOOKAHEAD, PATIENCE, WaitingLine
@@ -263,6 +264,13 @@ def test_batches_that_take_long_are_not_measured() -> None:
         CurvePoint(128, 1.28),
     ]
     assert [size for size, _ in timed if size >= 128] == [128, 128]
+
+
+def test_shapes_for_long_texts_take_the_kernel_for_long_texts() -> None:
+    buckets = embedding_buckets(32768, 1024, 32768, gpu=True)
+    long = {bucket.tokens for bucket in buckets if bucket.tokens // bucket.rows >= LONG}
+    assert long == {bucket.tokens for bucket in buckets if bucket.tokens >= 2048}
+    assert all(b.tokens // b.rows < LONG for b in embedding_buckets(8192, 1024, 512, gpu=True))
 
 
 def test_a_window_longer_than_a_batch_leaves_the_budget_alone() -> None:

@@ -176,9 +176,11 @@ def test_one_prompt_alone(tokens: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed(heads: int, kv_heads: int, head_dim: int, causal: bool) -> None:
     run = jax.jit(packed_attention, static_argnames=("scale", "causal", "backend"))
-    for seed in range(4):
+    # Made for the kernel for short ones, the last two for the one for long ones.
+    batches = [(0, 20, 40), (0, 20, 40), (0, 600, 4), (300, 1500, 4), (300, 1500, 4)]
+    for seed, (low, high, count) in enumerate(batches):
         rng = np.random.default_rng(seed)
-        lens = [int(n) for n in rng.integers(0, [20, 600][seed % 2], 40 if seed % 2 == 0 else 4)]
+        lens = [int(n) for n in rng.integers(low, high, count)]
         starts = np.cumsum([0, *lens]).astype(np.int32)
         tokens = int(starts[-1]) + 37
         q, k, v = (
@@ -199,7 +201,7 @@ def test_packed_fused(rows: int, options: dict[str, Any], dtype: str) -> None:
     run = jax.jit(
         packed_attention_qkv, static_argnames=("kv_heads", "scale", "causal", "window", "soft_cap", "backend")
     )
-    lens = np.array([3, 200, 1, 0, 70, 64, 8, 300, 5, 5, 5, 90] if rows > 12 else [512, 300, 0, 1, 130, 64])
+    lens = np.array([3, 200, 1, 0, 70, 64, 8, 300, 5, 5, 5, 90] if rows > 12 else [1512, 300, 0, 1, 1130, 64])
     starts = np.cumsum([0, *lens, *[0] * (rows - len(lens))]).astype(np.int32)
     real = int(starts[-1])
     qkv = jnp.asarray(np.random.default_rng(0).standard_normal((real + 70, 8 + 2 * 4, 64)), dtype)
@@ -338,7 +340,7 @@ def test_rope_qkv(tokens: int, heads: int, kv_heads: int, head_dim: int, norm: b
 @pytest.mark.parametrize("rows", [300, 6])
 def test_rope_qkv_and_attention_of_its_result(rows: int) -> None:
     """As a causal embedder does it, over ragged sequences, with NaN in the padding."""
-    lens = np.array([3, 200, 1, 0, 70, 64, 8, 300, 5, 5, 5, 90] if rows > 12 else [512, 300, 0, 1, 130, 64])
+    lens = np.array([3, 200, 1, 0, 70, 64, 8, 300, 5, 5, 5, 90] if rows > 12 else [1512, 300, 0, 1, 1130, 64])
     starts = jnp.asarray(np.cumsum([0, *lens, *[0] * (rows - len(lens))]), jnp.int32)
     real = int(starts[-1])
     qkv, cos, sin = uneven_projection(real + 70, 16 + 2 * 8, 128, "bfloat16")

@@ -13,7 +13,7 @@ from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import tuned
 
-SHORT = 64  # tokens: batches made for sequences of a smaller mean length take the kernel for short ones
+LONG = 480  # tokens: batches made for sequences of at least this mean length take the kernel for long ones
 
 
 def packed_attention(
@@ -26,8 +26,8 @@ def packed_attention(
     short: ShortConfig | None = None,
     long: LongConfig | None = None,
 ) -> jax.Array:
-    """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,); short, long: instead of the tuned
-    configs.
+    """See `pjengine.pallas_kernels.packed_attention`. arrays: (q, k, v) or (qkv,); short or long: choose that kernel,
+    with this config.
 
     Both kernels serve any lengths; which is quicker is told by the shapes alone, tokens per sequence.
     """
@@ -35,7 +35,7 @@ def packed_attention(
     target = current_target()
     sms = target.cores or HOPPER_SMS
     operands = packed_operands(arrays, spec)
-    if tokens // sequences < SHORT:
+    if long is None and (short is not None or tokens // sequences < LONG):
         short = short or tuned("mosaic packed, short", spec, target, short_config(spec, sms))
         plan = packed_plan(query_starts, tokens, spec, rows=TILE_ROWS, block=short.block)
         config = fitted(short, tile_bound(tokens, TILE_ROWS) * spec.heads)

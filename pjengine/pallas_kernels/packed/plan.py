@@ -24,11 +24,14 @@ class PackedPlan:
 
     Attributes:
       ranges: int32 [2, tokens + tile rows], first and end of the keys each token sees; 0 and 0 for padding.
-      tiles: int32 [n, 8]: first and end of a tile's tokens, first key to read (a multiple of GRANULE), blocks of keys
-        to read (at least 1), and of those the first and end of the blocks that every token of the tile sees whole. A
-        tile's tokens lie within `rows` of its first one's granule. Tiles of padding see nothing. Then, equal in all n
-        rows, so that a kernel needs not one load after the other: from which token on all are padding, and how many of
-        the n tiles there are; the others are meaningless but for these two.
+      tiles: int32 [n, 8], or [n, 8 + 4 * parts] where tiles have several parts: first and end of a tile's tokens, first
+        key to read (a multiple of GRANULE), blocks of keys to read (at least 1), and of those the first and end of the
+        blocks that every token of the tile sees whole. A tile's tokens lie within `rows` of its first one's granule.
+        Tiles of padding see nothing. Then, equal in all n rows, so that a kernel needs not one load after the other:
+        from which token on all are padding, and how many of the n tiles there are; the others are meaningless but for
+        these two. Then, for each part of a tile that has several: of its blocks the first and the end of those that any
+        of the part's tokens sees, and of those that all of them see whole. A part without tokens has no blocks, one
+        whose tokens see nothing has the first.
     """
 
     ranges: jax.Array
@@ -42,13 +45,13 @@ def packed_plan(
     *,
     rows: int,
     block: int,
-    parts: int = 0,
-    at_borders: bool = True,
+    parts: int = 1,
 ) -> PackedPlan:
     """Cuts the batch into tiles of at most `rows` queries that read blocks of `block` keys.
 
-    A tile ends with a sequence wherever one ends within its rows: short sequences then meet no keys but those of their
-    own tile, and a tile's worth of keys is one block.
+    A tile of one part ends with a sequence wherever one ends within its rows: short sequences then meet no keys but
+    those of their own tile, and a tile's worth of keys is one block. Tiles of several parts are cut every `rows`
+    tokens: each part skips the blocks that its tokens do not see.
     """
     total = query_starts[-1]
     token = jnp.arange(tokens + rows, dtype=jnp.int32)
@@ -64,7 +67,7 @@ def packed_plan(
     if spec.causal:
         end = jnp.minimum(end, token + 1)
 
-    if at_borders:
+    if parts == 1:
         cuts = tile_cuts(query_starts, tokens, rows)
     else:
         cuts = jnp.minimum(jnp.arange(-(-tokens // rows) + 1, dtype=jnp.int32) * rows, tokens)
@@ -82,10 +85,8 @@ def packed_plan(
     count = (first < tokens).sum(dtype=jnp.int32)
     for_all = (jnp.broadcast_to(x, first.shape) for x in (total, count))
     columns = [first, last, lowest, blocks, whole_begin, whole_end, *for_all]
-    for part in range(parts):
-        size = rows // parts
-        low = jnp.maximum(first, first // GRANULE * GRANULE + part * size)
-        high = jnp.minimum(last, first // GRANULE * GRANULE + (part + 1) * size)
+    for part in range(parts if parts > 1 else 0):
+        low, high = (jnp.minimum(first + i * rows // parts, last) for i in (part, part + 1))
         columns += _blocks_of_part(begin, end, low, high, lowest, blocks, block)
     tiles = jnp.stack(columns, axis=1)
     return PackedPlan(ranges, tiles.astype(jnp.int32))
@@ -100,20 +101,14 @@ def _blocks_of_part(
     blocks: jax.Array,
     block: int,
 ) -> list[jax.Array]:
-    """First and end of the blocks that any of a tile's tokens [low, high) sees, and of those that all of them see.
-
-    No blocks where the part has no tokens; one, seen by none, where the tokens see nothing.
-    """
-    filled = low < high
-    final = jnp.maximum(high - 1, 0)
-    used_begin = (begin[low] - lowest) // block
-    used_end = -(-(end[final] - lowest) // block)
-    nothing = filled & (end[low] == begin[low])
-    used_begin = jnp.where(nothing, 0, jnp.where(filled, used_begin, blocks))
-    used_end = jnp.where(nothing, 1, jnp.where(filled, used_end, blocks))
-    whole_begin = jnp.where(
-        nothing, used_end, jnp.clip(-(-(begin[final] - lowest) // block), used_begin, used_end)
-    )
+    """The columns of one part, the tokens [low, high) of each tile, whose blocks begin at the key `lowest`."""
+    filled, final = low < high, jnp.maximum(high - 1, 0)
+    used_begin = jnp.where(filled, (begin[low] - lowest) // block, blocks)
+    used_end = jnp.where(filled, -(-(end[final] - lowest) // block), blocks)
+    blind = filled & (end[low] == begin[low])
+    used_begin, used_end = jnp.where(blind, 0, used_begin), jnp.where(blind, 1, used_end)
+    whole_begin = jnp.clip(-(-(begin[final] - lowest) // block), used_begin, used_end)
+    whole_begin = jnp.where(blind, used_end, whole_begin)
     whole_end = jnp.clip((end[low] - lowest) // block, whole_begin, used_end)
     return [used_begin, used_end, whole_begin, whole_end]
 
