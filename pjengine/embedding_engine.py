@@ -58,11 +58,11 @@ class Runner(Protocol):
 
 
 class _Running(NamedTuple):
-    """A batch on the device. dispatched: when, by the clock."""
+    """A batch on the device. began: when its packing did, by the clock."""
 
     requests: list[Request]
     batch: Batch
-    dispatched: float
+    began: float
 
 
 class EmbeddingEngine:
@@ -191,11 +191,11 @@ class EmbeddingEngine:
         for request, arrival, tokens in entries:
             self._running[request.request_id] = request, arrival, now
             self._prompt_tokens += tokens
-        self._in_flight.append(_Running(requests, batch, now))
+        self._in_flight.append(_Running(requests, batch, began))
 
     def _start(self, running: _Running) -> float:
-        """When the device began with a batch: once it was there, and the one before it was done."""
-        return max(running.dispatched, self._last_end)
+        """When the device began with a batch: soon after its packing did, and once the one before it was done."""
+        return max(running.began, self._last_end)
 
     def _outputs(self, running: _Running) -> list[Output]:
         results = np.ascontiguousarray(running.batch.read(), "<f4")
