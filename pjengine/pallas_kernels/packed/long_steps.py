@@ -1,8 +1,8 @@
 """What a warpgroup of the packed kernel for long sequences does with its 64 queries, in two forms.
 
 `attend_freely`: scores, softmax and the product with V of one block after the other; several warpgroups, each at a pace
-of its own, hide one another's waits. `attend_in_turns`: the product with V of one block and the scores of the next leave
-together, in a turn at the tensor cores; for two warpgroups of wide heads.
+of its own, hide one another's waits. `attend_in_turns`: the product with V of one block and the scores of the next
+leave together, in a turn at the tensor cores; for two warpgroups of wide heads.
 """
 
 from __future__ import annotations
