@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 
-# Options of XLA. A CUDA graph ends at every custom call: the device runs one while the host launches the next. Its
-# kernels stand in line: a graph with branches takes the host longer to launch.
-IN_PIECES: Mapping[str, Any] = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT",
-    "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
-}
+# Options of XLA. The kernels of a CUDA graph stand in line: one with branches takes the host longer to launch.
+IN_LINE: Mapping[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+# The same, and a graph ends at every custom call: the device runs one while the host launches the next.
+IN_PIECES: Mapping[str, Any] = {**IN_LINE, "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT"}
 CUBLAS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}  # takes all products
 # XLA compares no results when it times products: doing so disturbs those that other threads time (docs/decisions.md).
 QUIET_TRIALS: Mapping[str, Any] = {"xla_gpu_autotune_level": 2}

@@ -58,11 +58,11 @@ class Runner(Protocol):
 
 
 class _Running(NamedTuple):
-    """A batch on the device. began: when its packing did, by the clock."""
+    """A batch on the device. dispatched: when, by the clock."""
 
     requests: list[Request]
     batch: Batch
-    began: float
+    dispatched: float
 
 
 class EmbeddingEngine:
@@ -78,7 +78,7 @@ class EmbeddingEngine:
       clock, sleep: as in `time`; tests bring their own.
     """
 
-    LEAD = 1e-3  # seconds before the running batch's end at which the next is packed
+    LEAD = 1e-3  # seconds before the running batch's end, beside the time a dispatch takes, at which the next is packed
     NAP = 2e-4  # seconds of sleep at most, in which nothing is taken in
     DEPTH = 2  # batches on the device, one of which waits for the other
 
@@ -175,9 +175,8 @@ class EmbeddingEngine:
         wait = self._start(running) + seconds - now
         if len(self._in_flight) == self.DEPTH:
             return wait
-        # The device starts with the first kernels of a batch. All of them must be there only where none may be missed.
-        full = self._line.tokens >= self.runner.budget
-        return wait - self.LEAD - (self._dispatch_seconds if full else 0.0)
+        # Who is still dispatching when the running batch ends does not see its end, and would learn a wrong one.
+        return wait - self.LEAD - self._dispatch_seconds
 
     def _dispatch(self) -> None:
         began = self._clock()
@@ -191,11 +190,11 @@ class EmbeddingEngine:
         for request, arrival, tokens in entries:
             self._running[request.request_id] = request, arrival, now
             self._prompt_tokens += tokens
-        self._in_flight.append(_Running(requests, batch, began))
+        self._in_flight.append(_Running(requests, batch, now))
 
     def _start(self, running: _Running) -> float:
-        """When the device began with a batch: soon after its packing did, and once the one before it was done."""
-        return max(running.began, self._last_end)
+        """When the device began with a batch: once it was there, and the one before it was done."""
+        return max(running.dispatched, self._last_end)
 
     def _outputs(self, running: _Running) -> list[Output]:
         results = np.ascontiguousarray(running.batch.read(), "<f4")

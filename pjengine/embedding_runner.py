@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.batch import Bucket, Layout
-from pjengine.compilation import CUBLAS, IN_PIECES, QUIET_TRIALS, compile_all
+from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, QUIET_TRIALS, compile_all
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
@@ -36,6 +36,9 @@ _LONG_FROM = 2048
 # Tokens from which on cuBLAS takes all products of a batch: it is at the speed of the tensor cores, and its epilogues
 # spare passes over activations. With few tokens Triton's products that split the inner dimension are faster.
 _CUBLAS_FROM = 2048
+# Below so many tokens the device is done with a batch before the host has launched the next one's graph, which also
+# waits for the graph's last launch to end; in pieces neither holds.
+_IN_LINE_FROM = 4096
 _MOST_TOKENS = 8192  # of a batch whose size is measured: larger shapes are for single long texts
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
 
@@ -185,7 +188,8 @@ class EmbeddingRunner:
 
 def _compiler_options(bucket: Bucket) -> dict[str, Any]:
     """XLA's options for a batch on a GPU."""
-    return {**IN_PIECES, **CUBLAS, **QUIET_TRIALS} if bucket.tokens >= _CUBLAS_FROM else {**IN_PIECES}
+    graphs = IN_LINE if bucket.tokens >= _IN_LINE_FROM else IN_PIECES
+    return {**graphs, **CUBLAS, **QUIET_TRIALS} if bucket.tokens >= _CUBLAS_FROM else {**graphs}
 
 
 def _layout(bucket: Bucket, token_types: bool) -> Layout:
