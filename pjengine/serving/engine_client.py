@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -11,14 +10,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineDead, PJEngineError
 from pjengine.metrics import Stats
 from pjengine.queue.client_link import QueueStatus
 from pjengine.request import Output, Request
+from pjengine.serving.engine_socket import EngineSocket
 from pjengine.serving.messages import (
     Abort,
     Accepted,
@@ -36,8 +34,6 @@ from pjengine.serving.messages import (
 )
 
 logger = logging.getLogger(__name__)
-
-CONNECT_MILLISECONDS = 10  # between tries, while the engine's process starts
 
 
 class Client(Protocol):
@@ -91,13 +87,8 @@ class EngineClient:
         self._submissions: dict[str, Submission] = {}  # by request id
         self._ids = itertools.count()
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._receiver: asyncio.Task[None] | None = None
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.IDENTITY, name.encode())
-        self._socket.setsockopt(zmq.RECONNECT_IVL, CONNECT_MILLISECONDS)
-        self._socket.connect(address)
+        self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self._socket = EngineSocket(address, name, self._receive)
         self._send(Hello())
 
     async def wait_ready(self) -> None:
@@ -106,23 +97,20 @@ class EngineClient:
         Raises:
           PJEngineError: it cannot; the message is the cause.
         """
-        self.info = await self._wait_until_ready()
-        self._receiver = asyncio.create_task(self._receive())
-        self._receiver.add_done_callback(self._receiver_ended)
+        waiting: list[asyncio.Future[Any]] = [self._ready, self._dead]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.done():
+            raise EngineDead(f"{self._dead.result()} while it started; the lines above may say why")
+        self.info = self._ready.result()
 
     async def close(self) -> None:
         """Ends the connection; open requests get EngineDead."""
         self.fail("the server is shutting down")
-        if self._receiver is not None:
-            self._receiver.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._receiver
-        self._socket.close(linger=0)
-        self._context.term()
+        self._socket.close()
 
     def stop_engine(self) -> bool:
         """Asks the engine's process to end, once nothing is to be had of it any more; False: it would not hear it."""
-        ready = self._receiver is not None
+        ready = self._ready.done()
         if ready:
             self._send(Stop())
         return ready
@@ -191,29 +179,14 @@ class EngineClient:
             raise EngineDead(self._dead.result())
 
     def _send(self, message: ToEngine) -> None:
-        # Never waits: the send queue has no limit.
         self._socket.send(self._encoder.encode(message))
 
-    async def _wait_until_ready(self) -> EngineInfo:
-        receiving = asyncio.ensure_future(self._socket.recv())
+    def _receive(self, message: bytes) -> None:
         try:
-            first: list[asyncio.Future[Any]] = [receiving, self._dead]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
-                raise EngineDead(f"{self._dead.result()} while it started; the lines above may say why")
-        finally:
-            receiving.cancel()
-        match self._decoder.decode(receiving.result()):
-            case Ready(info):
-                return info
-            case Fatal(message, expected):
-                raise PJEngineError(message if expected else f"the engine failed to start: {message}")
-            case other:
-                raise PJEngineError(f"the engine's first message is {type(other).__name__}, not Ready")
-
-    async def _receive(self) -> None:
-        while True:
-            self._handle(self._decoder.decode(await self._socket.recv()))
+            self._handle(self._decoder.decode(message))
+        except Exception as error:
+            logger.error("the engine's messages cannot be handled", exc_info=error)
+            self.fail(f"{type(error).__name__}: {error}")
 
     def _handle(self, message: FromEngine) -> None:
         match message:
@@ -230,15 +203,17 @@ class EngineClient:
             case Refused(key):
                 if (admission := self._admissions.get(key)) is not None and not admission.done():
                     admission.set_exception(message.error())
-            case Fatal(reason):
-                self.fail(f"the engine failed: {reason}")
-            case Ready():
-                raise PJEngineError("the engine said Ready twice")
-
-    def _receiver_ended(self, receiver: asyncio.Task[None]) -> None:
-        if not receiver.cancelled() and (error := receiver.exception()) is not None:
-            logger.error("the engine's messages cannot be handled", exc_info=error)
-            self.fail(f"{type(error).__name__}: {error}")
+            case Fatal(reason, expected):
+                if self._ready.done():
+                    self.fail(f"the engine failed: {reason}")
+                else:
+                    self._ready.set_exception(
+                        PJEngineError(reason if expected else f"the engine failed to start: {reason}")
+                    )
+            case Ready(info):
+                if self._ready.done():
+                    raise PJEngineError("the engine said Ready twice")
+                self._ready.set_result(info)
 
 
 class Submission:
