@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 import zmq
 
 CONNECT_MILLISECONDS = 10  # between tries, while the engine's process starts
+_IN = int(zmq.POLLIN)
 _TURN = 64  # messages that are taken in before others on the loop have their turn
 
 
@@ -46,11 +48,8 @@ class EngineSocket:
 
     def _read(self) -> None:
         for _ in range(_TURN):
-            if self._socket.closed:
+            # Asked first: the exception of a receive in vain costs more.
+            if self._socket.closed or not cast(int, self._socket.get(zmq.EVENTS)) & _IN:
                 return
-            try:
-                message = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._receive(message)
+            self._receive(self._socket.recv(zmq.NOBLOCK))
         self._loop.call_soon(self._read)
