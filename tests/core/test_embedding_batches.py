@@ -129,6 +129,21 @@ def test_a_backlog_fills_batches_and_keeps_the_device_busy() -> None:
     assert max(gaps[20:]) == 0, "the next batch was there when one was done"
 
 
+def test_only_full_batches_of_queries_go_to_the_device_ahead() -> None:
+    batches = {}
+    for input_type, count in (("query", 40), ("query", 19), ("document", 40)):
+        engine, device = make()
+        for i in range(10):
+            engine.add(request(i, 10))
+        drain(engine)  # how long a full batch takes is known then
+        for i in range(count):
+            engine.add(request(i, 10, input_type))
+        outputs = engine.step() + engine.step()
+        batches[input_type, count] = [len(batch.sequences) for batch in device.batches[1:]]
+        assert len(outputs + drain(engine)) == count
+    assert batches == {("query", 40): [10, 10], ("query", 19): [10], ("document", 40): [10]}
+
+
 def test_documents_hold_up_a_query_by_one_batch_at_most() -> None:
     engine, device = make()
     for i in range(400):
