@@ -22,6 +22,7 @@ from pjengine.errors import EngineOverloaded, InvalidRequest, PJEngineError
 from pjengine.heap import freeze_heap
 from pjengine.metrics import Stats
 from pjengine.request import Output, Request
+from pjengine.serving.engine_socket import has_message
 from pjengine.serving.logs import configure_logging
 from pjengine.serving.messages import (
     Abort,
@@ -118,10 +119,9 @@ class _Link:
 
     def receive(self, block: bool) -> tuple[bytes, ToEngine] | None:
         """The next message and whose it is; None if there is none and `block` is False."""
-        try:
-            client = self._socket.recv(0 if block else zmq.NOBLOCK)
-        except zmq.Again:
+        if not block and not has_message(self._socket):
             return None
+        client = self._socket.recv()
         return client, self._decoder.decode(self._socket.recv())
 
     def wait_hellos(self, wanted: bytes) -> list[bytes]:

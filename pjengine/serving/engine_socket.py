@@ -13,6 +13,11 @@ _IN = int(zmq.POLLIN)
 _TURN = 64  # messages that are taken in before others on the loop have their turn
 
 
+def has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a receive would find one. Cheaper to ask than the exception of a receive in vain."""
+    return bool(cast(int, socket.get(zmq.EVENTS)) & _IN)
+
+
 class EngineSocket:
     """Messages out at once, messages in by callback. Use from one running event loop.
 
@@ -48,8 +53,7 @@ class EngineSocket:
 
     def _read(self) -> None:
         for _ in range(_TURN):
-            # Asked first: the exception of a receive in vain costs more.
-            if self._socket.closed or not cast(int, self._socket.get(zmq.EVENTS)) & _IN:
+            if self._socket.closed or not has_message(self._socket):
                 return
             self._receive(self._socket.recv(zmq.NOBLOCK))
         self._loop.call_soon(self._read)
