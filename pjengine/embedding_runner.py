@@ -20,6 +20,7 @@ from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, QUIET_TRIALS, compi
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
+from pjengine.pallas_kernels.packed.support import LONG
 from pjengine.request import Request
 from pjengine.step_inputs import StepInputs
 from pjengine.token_budget import CurvePoint, describe, knee, measure_curve
@@ -31,8 +32,7 @@ logger = logging.getLogger(__name__)
 _GPU_SIZES = (16, 64, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
 _CPU_SIZES = (32, 128, 512)
 _SHORT = 8  # tokens of a text, on average, for which a shape has rows
-_LONG = 480  # the same, in shapes for long texts: those with _LONG_FROM tokens, if texts may be as long
-_LONG_FROM = 2048
+_LONG_FROM = 2048  # tokens of the smallest shape for long texts, which is there if texts may be as long
 # Tokens from which on cuBLAS takes all products of a batch: it is at the speed of the tensor cores, and its epilogues
 # spare passes over activations. With few tokens Triton's products that split the inner dimension are faster.
 _CUBLAS_FROM = 2048
@@ -54,7 +54,7 @@ def embedding_buckets(largest: int, max_rows: int, window: int, *, gpu: bool) ->
     sizes.append(largest)
     buckets = [Bucket(size, min(max_rows, max(8, size // _SHORT)), False) for size in sizes]
     if gpu and window >= _LONG_FROM:
-        buckets += [Bucket(size, min(max_rows, max(1, size // _LONG)), False) for size in sizes if size >= _LONG_FROM]
+        buckets += [Bucket(size, min(max_rows, max(1, size // LONG)), False) for size in sizes if size >= _LONG_FROM]
     return sorted(set(buckets))
 
 

@@ -4,8 +4,8 @@ Decode and KV writes are bound by memory: their ratio is to the copy bandwidth m
 counted once. Prefill and packed attention are bound by the tensor cores: theirs is to the GEMM rate. Each case runs
 several times inside one jitted function, as often as a model has layers, each result feeding the next call, over
 caches that exceed the L2, and functions follow one another for so long that the host's first launch counts for
-nothing. Calls of a few microseconds, which the device runs faster than the
-host launches them, are timed on the device: from the first kernel's start to the last one's end in a profile.
+nothing. Calls of a few microseconds, which the device runs faster than the host launches them, are timed on the device:
+from the first kernel's start to the last one's end in a profile.
 """
 
 from __future__ import annotations

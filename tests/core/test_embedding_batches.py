@@ -14,7 +14,7 @@ from pjengine.embedding_engine import EmbeddingEngine
 from pjengine.embedding_runner import embedding_buckets, timed_sizes
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, InvalidRequest
-from pjengine.pallas_kernels.packed.mosaic import LONG
+from pjengine.pallas_kernels.packed.support import LONG
 from pjengine.request import Output, Request
 from pjengine.token_budget import CurvePoint, knee, measure_curve
 from pjengine.waiting_line import LOOKAHEAD, PATIENCE, WaitingLine

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.fused import query_heads
 from pjengine.pallas_kernels.head_norms import head_norm_eps
 from pjengine.pallas_kernels.kv_write.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import KVWriteSpec
@@ -88,9 +89,7 @@ def rope_write_kv_qkv(
     Raises: as `rope_write_kv`.
     """
     kv_heads = k_pages.shape[1]
-    heads = qkv.shape[1] - 2 * kv_heads if qkv.ndim == 3 else 0
-    if heads < 1 or heads % kv_heads:
-        raise ValueError(f"qkv: expected [T, heads + 2 * {kv_heads}, head_dim], got {qkv.shape}")
+    heads = query_heads(qkv, kv_heads)
     spec = _spec((heads, kv_heads), qkv, cos, sin, k_pages, v_pages, write_slots, (k_scale, v_scale))
     spec = dataclasses.replace(spec, norm_eps=head_norm_eps(q_norm, k_norm, eps, qkv))
     implementation = select("rope_write_kv", writer(backend), BACKENDS_QKV, spec).load()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.fused import query_heads
 from pjengine.pallas_kernels.packed.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
@@ -81,9 +82,7 @@ def packed_attention_qkv(
       The others: as in `packed_attention`.
     Returns: [T, heads, head_dim].
     """
-    heads = qkv.shape[1] - 2 * kv_heads if qkv.ndim == 3 else 0
-    if heads < 1 or heads % kv_heads:
-        raise ValueError(f"qkv: expected [T, heads + 2 * {kv_heads}, head_dim], got {qkv.shape}")
+    heads = query_heads(qkv, kv_heads)
     options = _Options(scale, causal, window, soft_cap, backend)
     return _attend((qkv,), heads, kv_heads, query_starts, sinks, relative_bias, options)
 

@@ -10,10 +10,9 @@ from pjengine.pallas_kernels.packed.mosaic_long import TILE, LongConfig, long_at
 from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted, short_attention, short_config
 from pjengine.pallas_kernels.packed.operands import packed_operands
 from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
+from pjengine.pallas_kernels.packed.support import LONG
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import tuned
-
-LONG = 480  # tokens: batches made for sequences of at least this mean length take the kernel for long ones
 
 
 def packed_attention(

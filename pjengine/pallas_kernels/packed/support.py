@@ -5,6 +5,7 @@ from __future__ import annotations
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.specs import AttentionSpec
 
+LONG = 480  # tokens: batches made for sequences of at least this mean length take the kernel for long ones
 HEAD_DIMS = (32, 64, 128)  # others lower, and no GPU has checked them
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from pjengine.pallas_kernels.backends import Backend, accept, select
+from pjengine.pallas_kernels.fused import query_heads
 from pjengine.pallas_kernels.head_norms import head_norm_eps
 from pjengine.pallas_kernels.qkv_rotation.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import RotationSpec
@@ -44,9 +45,7 @@ def rope_qkv(
       ValueError: shapes that contradict each other.
       ConfigError, KernelUnavailable: see backends.select.
     """
-    heads = qkv.shape[1] - 2 * kv_heads if qkv.ndim == 3 else 0
-    if heads < 1 or heads % kv_heads:
-        raise ValueError(f"qkv: expected [T, heads + 2 * {kv_heads}, head_dim], got {qkv.shape}")
+    heads = query_heads(qkv, kv_heads)
     tokens, _, head_dim = qkv.shape
     if cos.shape != (tokens, head_dim // 2) or sin.shape != cos.shape:
         raise ValueError(f"cos, sin: expected [{tokens}, {head_dim // 2}], got {cos.shape} and {sin.shape}")
