@@ -141,7 +141,7 @@ def mosaic_tunables(target: Target) -> Iterator[Tunable]:
         yield Tunable("mosaic packed, short", spec, short_config(spec, sms), {"warpgroups": (2, 3, 4)}, timer)
         op = functools.partial(_packed, packed.packed_attention, "long", spec)
         timer = functools.partial(_packed_timer, op, spec, LONG_LENS)
-        fields = {"block": (64, 128), "stages": (2, 4, 6)}
+        fields = {"warpgroups": (3, 4), "stages": (4, 6, 8)}
         yield Tunable("mosaic packed, long", spec, long_config(spec, sms), fields, timer)
 
 

@@ -1,8 +1,4 @@
-"""What the prefill kernel and the packed one for long sequences share: KV blocks in flight, the softmax and its end.
-
-Both follow FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): two warpgroups of 64 queries each take turns at the
-tensor cores, so that one's softmax hides behind the other's products.
-"""
+"""What the prefill kernel and the packed one for long sequences share: KV blocks in flight; the end of a softmax."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.mosaic_common import MASKED, TILE_ROWS, column, tile, tiled_smem
+from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, tiled_smem
 
 COMPUTE_WARPGROUPS = 2
 TILE = COMPUTE_WARPGROUPS * TILE_ROWS  # queries per work item
@@ -73,10 +69,6 @@ def ring_scratch(stages: int, block: int, head_dim: int, dtype: Any, copies: int
     }
 
 
-def initial_state(head_dim: int) -> State:
-    return tile(0, head_dim), column(MASKED), column(0)
-
-
 def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The accumulator and what to divide it by, [64], never 0.
 
@@ -90,9 +82,3 @@ def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.
         acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
         total = total * rescale + jnp.exp2(sink - new_top)
     return acc, jnp.where(total == 0, 1.0, total)  # a query that sees nothing
-
-
-def take_turn(turns: Any) -> None:
-    """Hands the tensor cores to the other warpgroup and waits to get them back."""
-    plgpu.barrier_arrive(turns)
-    plgpu.barrier_wait(turns)

@@ -152,6 +152,51 @@ def test_packed_tiles_read_what_their_tokens_see(
             assert whole_begin == whole_end
 
 
+@SETTINGS
+@given(
+    lens=lengths,
+    causal=st.booleans(),
+    window=st.sampled_from([None, 30]),
+    parts=st.sampled_from([2, 4]),
+    block=st.sampled_from([64, 128]),
+)
+def test_parts_of_packed_tiles_compute_with_what_their_tokens_see(
+    lens: list[int], causal: bool, window: int | None, parts: int, block: int
+) -> None:
+    starts = np.minimum(np.cumsum([0, *lens]), TOKENS)
+    total, rows = starts[-1], 64 * parts
+    spec = AttentionSpec(heads=2, kv_heads=2, head_dim=64, causal=causal, window=window)
+    plan = packed_plan(jnp.asarray(starts, jnp.int32), TOKENS, spec, rows=rows, block=block, parts=parts)
+    lows, highs = np.asarray(plan.ranges)
+    tiles = np.asarray(plan.tiles)
+    np.testing.assert_array_equal(tiles[:, 0], np.arange(0, TOKENS, rows))
+    np.testing.assert_array_equal(tiles[:, 1], np.minimum(tiles[:, 0] + rows, TOKENS))
+    assert (tiles[:, 6:8] == (total, len(tiles))).all()
+    for first, last, key, blocks, *_ in tiles:
+        assert key % 8 == 0
+        assert blocks >= 1
+        seen = slice(first, min(last, total))
+        if first < total:
+            assert key <= lows[seen].min()
+            assert key + (blocks - 1) * block < highs[seen].max() <= key + blocks * block
+        for part in range(parts):
+            low, high = (min(first + i * 64, last) for i in (part, part + 1))
+            begin, end, whole_begin, whole_end = tiles[first // rows, 8 + 4 * part : 12 + 4 * part]
+            assert 0 <= begin <= whole_begin <= whole_end <= end <= blocks
+            if low == high:
+                assert begin == end, "a part without tokens has nothing to do"
+            elif low >= total:
+                assert (begin, end, whole_end) == (0, 1, whole_begin)
+            else:
+                seen = slice(low, min(high, total))
+                assert key + begin * block <= lows[seen].min() < key + (begin + 1) * block
+                assert key + (end - 1) * block < highs[seen].max() <= key + end * block
+                if whole_begin < whole_end:
+                    assert high <= total
+                    assert lows[seen].max() <= key + whole_begin * block
+                    assert key + whole_end * block <= highs[seen].min()
+
+
 def test_short_sequences_meet_the_keys_of_their_own_tile_alone() -> None:
     starts = np.cumsum([0, *[13, 20, 7, 18, 24, 5] * 10])
     spec = AttentionSpec(heads=2, kv_heads=2, head_dim=64, causal=False)

@@ -6,7 +6,7 @@ import jax
 
 from pjengine.pallas_kernels.backends import current_target
 from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS
-from pjengine.pallas_kernels.packed.mosaic_long import TILE, LongConfig, long_attention, long_config
+from pjengine.pallas_kernels.packed.mosaic_long import LongConfig, long_attention, long_config
 from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted, short_attention, short_config
 from pjengine.pallas_kernels.packed.operands import packed_operands
 from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
@@ -40,5 +40,5 @@ def packed_attention(
         config = fitted(short, tile_bound(tokens, TILE_ROWS) * spec.heads)
         return short_attention(operands, plan, spec=spec, scale=scale, config=config)
     long = long or tuned("mosaic packed, long", spec, target, long_config(spec, sms))
-    plan = packed_plan(query_starts, tokens, spec, rows=TILE, block=long.block)
+    plan = packed_plan(query_starts, tokens, spec, rows=long.rows, block=long.block, parts=long.warpgroups)
     return long_attention(operands, plan, spec=spec, scale=scale, config=long)

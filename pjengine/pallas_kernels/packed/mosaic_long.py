@@ -1,16 +1,16 @@
 """Packed attention of long sequences on Hopper: FlashAttention without padding, in Pallas Mosaic GPU.
 
-A work item is a tile of up to 128 consecutive tokens (plan.py) of one head. It reads the keys from its first token's
-sequence to its last token's; what a token sees of them is a range, so that blocks between the borders of a sequence
-run unmasked. The grid is persistent.
+A work item is a tile of 64 consecutive tokens per computing warpgroup (plan.py), of one head. One more warpgroup copies
+the keys from its first token's sequence to its last token's, once for all; each warpgroup computes with the blocks that
+its own tokens see (long_steps.py). What a token sees is a range, so that blocks between the borders of a sequence run
+unmasked. The grid is persistent.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,90 +18,95 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.flash import (
-    COMPUTE_WARPGROUPS,
-    TILE,
-    Ring,
-    State,
-    initial_state,
-    ring_scratch,
-    take_turn,
-)
-from pjengine.pallas_kernels.mosaic_common import (
-    TILE_ROWS,
-    clear_rows_from,
-    launch,
-    load_whole,
-    scaled_exp2,
-    tiled_smem,
-)
+from pjengine.pallas_kernels.flash import Ring, ring_scratch
+from pjengine.pallas_kernels.flash_joint import Turns
+from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, launch, load_whole, tiled_smem
+from pjengine.pallas_kernels.packed.long_steps import Part
 from pjengine.pallas_kernels.packed.operands import PackedOperands
-from pjengine.pallas_kernels.packed.plan import GRANULE, PackedPlan
-from pjengine.pallas_kernels.packed.tiles import in_units, mask_unless, store_tile
+from pjengine.pallas_kernels.packed.plan import PackedPlan
+from pjengine.pallas_kernels.packed.tiles import store_tile
 from pjengine.pallas_kernels.specs import AttentionSpec
 
 SHARED_BYTES = 224 * 1024
 MOST_STAGES = 8
+QUERY_SLOTS = 2  # tiles of queries: the one in use and the one being filled
+REAL_TOKENS, PARTS_AT = 6, 8  # columns of the plan's tiles
+# Registers a thread when copying and when computing, by computing warpgroups. Together they may be no more than the
+# launch allots: a 64 Ki share for each thread, cut to a multiple of 8.
+REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 
 @dataclasses.dataclass(frozen=True)
 class LongConfig:
-    """Tuning of the kernel: KV tokens per step, blocks in flight, streaming multiprocessors of the device."""
+    """Tuning of the kernel.
+
+    Attributes:
+      block: KV tokens per step; stages: blocks in flight; sms: streaming multiprocessors of the device.
+      warpgroups: computing ones, 2 to 4; turns: they take turns at the tensor cores, for 2.
+    """
 
     block: int
     stages: int
     sms: int
+    warpgroups: int
+    turns: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Queries per work item."""
+        return self.warpgroups * TILE_ROWS
 
 
 def long_config(spec: AttentionSpec, sms: int) -> LongConfig:
-    """Blocks of 128 keys where registers and shared memory allow it."""
-    block = 128 if spec.head_dim <= 128 else 64
+    """Four warpgroups where their registers hold an accumulator beside a block's scores, else two in turns."""
+    warpgroups, turns = (4, False) if spec.head_dim <= 64 else (2, True)
+    block = 128 if 64 < spec.head_dim <= 128 else 64
     row = spec.head_dim * jnp.dtype(spec.dtype).itemsize
-    return LongConfig(block, min(MOST_STAGES, (SHARED_BYTES - 2 * TILE * row) // (2 * block * row)), sms)
+    stages = (SHARED_BYTES - QUERY_SLOTS * warpgroups * TILE_ROWS * row) // (2 * block * row)
+    return LongConfig(block, min(MOST_STAGES, stages), sms, warpgroups, turns)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))
 def long_attention(
     operands: PackedOperands, plan: PackedPlan, *, spec: AttentionSpec, scale: float, config: LongConfig
 ) -> jax.Array:
-    """Attention of a plan with tiles of TILE and blocks of config.block: [T, heads, head_dim]."""
+    """Attention of a plan with config.warpgroups parts of a tile, blocks of config.block: [T, heads, head_dim]."""
+    warpgroups = config.warpgroups
+    if config.turns and warpgroups != 2:
+        raise ValueError(f"turns: two warpgroups take turns, got {warpgroups}")
+    ring = ring_scratch(config.stages, config.block, spec.head_dim, operands.dtype, copies=1)
+    free = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=config.stages)
+    queries = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=QUERY_SLOTS)
     (out,) = launch(
         functools.partial(_kernel, heads_at=operands.heads_at, spec=spec, scale=scale, config=config),
         (*operands.arrays, plan.ranges, plan.tiles),
         out_type=(operands.out_type,),
         scratch=dict(
-            q_smem=tiled_smem((2, COMPUTE_WARPGROUPS, TILE_ROWS, spec.head_dim), operands.dtype),
-            q_full=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            turns=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            **ring_scratch(config.stages, config.block, spec.head_dim, operands.dtype, copies=1),
+            q_smem=tiled_smem((QUERY_SLOTS, warpgroups, TILE_ROWS, spec.head_dim), operands.dtype),
+            q_full=queries,
+            q_free=queries,
+            turn_barriers=plgpu.Barrier(num_barriers=warpgroups),
+            **{**ring, "k_free": free, "v_free": free},
         ),
         grid={"sm": config.sms},
-        warpgroups=COMPUTE_WARPGROUPS + 1,
+        warpgroups=warpgroups + 1,
         name="packed_attention_long",
     )
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """One work item inside the kernel: a tile of one head. All are int32 scalars.
+class _Keys(NamedTuple):
+    """What a tile reads: its first key, and how many blocks from there. int32 scalars."""
 
-    Attributes:
-      lap: how many items this SM had before; step: KV blocks it had before.
-      head: which query head; base: token of the tile's first row.
-      first, last: rows of the tile's first token and past its last.
-      key: first key to read; blocks: how many; whole_begin, whole_end: those that every token sees whole.
-    """
-
-    lap: jax.Array
-    step: jax.Array
-    head: jax.Array
-    base: jax.Array
     first: jax.Array
-    last: jax.Array
-    key: jax.Array
     blocks: jax.Array
+
+
+class _Own(NamedTuple):
+    """Blocks that any token of a warpgroup's part sees, and those that all of them see whole. int32 scalars."""
+
+    begin: jax.Array
+    end: jax.Array
     whole_begin: jax.Array
     whole_end: jax.Array
 
@@ -111,7 +116,7 @@ def _kernel(
     q_smem: Any,
     q_full: Any,
     q_free: Any,
-    turns: Any,
+    turn_barriers: Any,
     heads_at: tuple[int, int, int],
     spec: AttentionSpec,
     scale: float,
@@ -122,107 +127,109 @@ def _kernel(
     q_ref, k_ref, v_ref = sources if len(sources) == 3 else sources * 3
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
     ring = Ring(**ring_refs)
-    real_tokens, count = (tiles_ref[0, i] for i in (6, 7))
-    items = count * spec.heads
+    copy_registers, compute_registers = REGISTERS[config.warpgroups]
+    tiles = tiles_ref.shape[0]
+    laps = lax.div(tiles * spec.heads - sm + (config.sms - 1), jnp.int32(config.sms))
 
-    def for_each_item(body: Callable[[_Item], None]) -> None:
-        """Calls body for every work item of this SM, in the same order in every warpgroup."""
+    def tile_of(lap: jax.Array) -> jax.Array:
+        return jnp.minimum(lax.div(sm + lap * config.sms, jnp.int32(spec.heads)), tiles - 1)
 
-        def read(lap: jax.Array) -> tuple[jax.Array, ...]:
-            tile = lax.div(sm + lap * config.sms, jnp.int32(spec.heads))
-            return tuple(tiles_ref[jnp.minimum(tile, tiles_ref.shape[0] - 1), i] for i in range(6))
+    def head_of(lap: jax.Array) -> jax.Array:
+        return lax.rem(sm + lap * config.sms, jnp.int32(spec.heads))
 
-        def one(lap: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            step, (first, last, key, blocks, *whole) = carry
-            following = read(lap + 1)
-            head = lax.rem(sm + lap * config.sms, jnp.int32(spec.heads))
-            base = lax.div(first, jnp.int32(GRANULE)) * GRANULE
-            body(_Item(lap, step, head, base, first - base, last - base, key, blocks, *whole))
-            return step + blocks, following
+    def keys_of(lap: jax.Array) -> _Keys:
+        return _Keys(*(tiles_ref[tile_of(lap), i] for i in (2, 3)))
 
-        laps = lax.div(items - sm + (config.sms - 1), jnp.int32(config.sms))
-        lax.fori_loop(0, laps, one, (jnp.int32(0), read(jnp.int32(0))))
-
-    @pl.when(wg == COMPUTE_WARPGROUPS)
+    @pl.when(wg == config.warpgroups)
     def _copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(copy_registers, action="decrease")
 
-        def process(item: _Item) -> None:
-            q_slot = lax.rem(item.lap, jnp.int32(2))
+        def process(lap: jax.Array, carry: tuple[jax.Array, _Keys]) -> tuple[jax.Array, _Keys]:
+            step, keys = carry
+            following = keys_of(lap + 1)
+            q_slot, head = lax.rem(lap, jnp.int32(QUERY_SLOTS)), head_of(lap)
+            pl.when(lap >= QUERY_SLOTS)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
+            for i in range(config.warpgroups):
+                rows = pl.ds(tile_of(lap) * config.rows + i * TILE_ROWS, TILE_ROWS)
+                plgpu.copy_gmem_to_smem(q_ref.at[rows, heads_at[0] + head], q_smem.at[q_slot, i], q_full.at[q_slot])
+            kv_head = lax.div(head, jnp.int32(spec.group))
 
-            @pl.when(item.lap >= 2)
-            def _() -> None:
-                plgpu.barrier_wait(q_free.at[q_slot])
-
-            for i in range(COMPUTE_WARPGROUPS):
-                source = q_ref.at[pl.ds(item.base + i * TILE_ROWS, TILE_ROWS), heads_at[0] + item.head]
-                plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, i], q_full.at[q_slot])
-            kv_head = lax.div(item.head, jnp.int32(spec.group))
-
-            @pl.loop(0, item.blocks)
+            @pl.loop(0, keys.blocks)
             def _(i: jax.Array) -> None:
-                rows = pl.ds(item.key + i * config.block, config.block)
+                rows = pl.ds(keys.first + i * config.block, config.block)
 
                 def copy(name: str, smem: Any, barrier: Any) -> None:
                     ref, at = (k_ref, heads_at[1]) if name == "k" else (v_ref, heads_at[2])
                     plgpu.copy_gmem_to_smem(ref.at[rows, at + kv_head], smem, barrier)
 
-                ring.fill(item.step + i, copy)
+                ring.fill(step + i, copy)
 
-        for_each_item(process)
+            return step + keys.blocks, following
 
-    @pl.when(wg < COMPUTE_WARPGROUPS)
+        lax.fori_loop(0, laps, process, (jnp.int32(0), keys_of(jnp.int32(0))))
+
+    @pl.when(wg < config.warpgroups)
     def _compute() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(compute_registers, action="increase")
+        turns = Turns(turn_barriers, wg) if config.turns else None
+        real_tokens = tiles_ref[0, REAL_TOKENS]
 
-        def process(item: _Item) -> None:
-            q_slot = lax.rem(item.lap, jnp.int32(2))
-            token = item.base + wg * TILE_ROWS
-            vector = plgpu.Layout.WGMMA.reduce(1)
-            begin, end = (
-                load_whole(ranges_ref.at[i, pl.ds(token, TILE_ROWS)], vector, optimized=False) for i in range(2)
+        def token_of(lap: jax.Array) -> jax.Array:
+            return tile_of(lap) * config.rows + wg * TILE_ROWS
+
+        def own_of(lap: jax.Array) -> _Own:
+            return _Own(*(tiles_ref[tile_of(lap), PARTS_AT + 4 * wg + i] for i in range(4)))
+
+        def seen_by(lap: jax.Array) -> tuple[jax.Array, ...]:
+            """First and end of the keys that each row sees."""
+            rows, vector = pl.ds(token_of(lap), TILE_ROWS), plgpu.Layout.WGMMA.reduce(1)
+            return tuple(load_whole(ranges_ref.at[i, rows], vector, optimized=False) for i in range(2))
+
+        def process(lap: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            step, keys, own, (low, high) = carry
+            following = keys_of(lap + 1), own_of(lap + 1), seen_by(lap + 1)  # loads that nothing waits for yet
+            q_slot = lax.rem(lap, jnp.int32(QUERY_SLOTS))
+            queries = q_smem.at[q_slot, wg]
+            part = Part(
+                queries,
+                ring,
+                step,
+                keys.first,
+                low,
+                high,
+                own.whole_begin,
+                own.whole_end,
+                real_tokens,
+                scale,
+                spec.soft_cap,
             )
             plgpu.barrier_wait(q_full.at[q_slot])
+            part.pass_over(jnp.int32(0), own.begin, turns)
 
-            def attend(i: jax.Array, state: State) -> State:
-                acc, top, total = state
-                slot, first_key = lax.rem(item.step + i, jnp.int32(config.stages)), item.key + i * config.block
-                plgpu.barrier_wait(ring.k_full.at[slot])
+            @pl.when(own.begin < own.end)
+            def _() -> None:
+                if turns is None:
+                    acc, total = part.attend_freely(own.begin, own.end)
+                else:
+                    acc, total = part.attend_in_turns(own.begin, own.end, turns)
+                part.pass_over(own.end, keys.blocks, turns)
+                inverse = 1.0 / jnp.where(total == 0, 1.0, total)  # padding tokens see nothing
+                acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+                token = token_of(lap)
+                target, end = out_ref.at[pl.ds(token, TILE_ROWS), head_of(lap)], out_ref.shape[0] - token
+                store_tile(queries, target, acc.astype(out_ref.dtype), jnp.int32(0), end)
 
-                def multiply(acc_ref: Any) -> jax.Array:
-                    plgpu.wgmma(acc_ref, q_smem.at[q_slot, wg], ring.k.at[slot].transpose((1, 0)))
-                    take_turn(turns)
-                    return acc_ref[...]
+            if turns is not None:
 
-                scores = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, config.block), jnp.float32))
-                plgpu.barrier_arrive(ring.k_free.at[slot])
-                scores, factor = in_units(scores, scale, spec.soft_cap)
-                whole = (i >= item.whole_begin) & (i < item.whole_end)
-                scores = mask_unless(whole, scores, begin - first_key, end - first_key)
-                new_top = jnp.maximum(top, scores.max(axis=1))
-                rescale = jnp.exp2((top - new_top) * factor)
-                weights = scaled_exp2(scores, factor, new_top * factor, 0)
-                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                total = total * rescale + weights.sum(axis=1)
-                weights = weights.astype(ring.v.dtype)
-                acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-                plgpu.barrier_arrive(turns)
-                plgpu.barrier_wait(ring.v_full.at[slot])
-                # Both warpgroups clear, each before it reads: they write equal bytes.
-                clear_rows_from(ring.v.at[slot], real_tokens - first_key)
-                plgpu.barrier_wait(turns)
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, ring.v.at[slot]))(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(ring.v_free.at[slot])
-                return acc, new_top, total
+                @pl.when(own.begin >= own.end)
+                def _() -> None:  # all take as many turns
+                    turns.wait()
+                    turns.hand_over()
 
-            acc, _, total = lax.fori_loop(0, item.blocks, attend, initial_state(spec.head_dim))
-            inverse = 1.0 / jnp.where(total == 0, 1.0, total)  # padding tokens see nothing
-            acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            target, skipped = out_ref.at[pl.ds(token, TILE_ROWS), item.head], wg * TILE_ROWS
-            values = acc.astype(out_ref.dtype)
-            store_tile(q_smem.at[q_slot, wg], target, values, item.first - skipped, item.last - skipped)
             plgpu.barrier_arrive(q_free.at[q_slot])
+            return step + keys.blocks, *following
 
-        pl.when(wg == 1)(functools.partial(take_turn, turns))
-        for_each_item(process)
-        pl.when(wg == 0)(functools.partial(take_turn, turns))
+        if turns is not None:
+            pl.when(wg == 1)(turns.hand_over)  # the first turn is the other's
+        zero = jnp.int32(0)
+        lax.fori_loop(0, laps, process, (zero, keys_of(zero), own_of(zero), seen_by(zero)))

@@ -24,22 +24,34 @@ class PackedPlan:
 
     Attributes:
       ranges: int32 [2, tokens + tile rows], first and end of the keys each token sees; 0 and 0 for padding.
-      tiles: int32 [n, 8]: first and end of a tile's tokens, first key to read (a multiple of GRANULE), blocks of keys
-        to read (at least 1), and of those the first and end of the blocks that every token of the tile sees whole. A
-        tile's tokens lie within `rows` of its first one's granule. Tiles of padding see nothing. Then, equal in all n
-        rows, so that a kernel needs not one load after the other: from which token on all are padding, and how many of
-        the n tiles there are; the others are meaningless but for these two.
+      tiles: int32 [n, 8], or [n, 8 + 4 * parts] where tiles have several parts: first and end of a tile's tokens, first
+        key to read (a multiple of GRANULE), blocks of keys to read (at least 1), and of those the first and end of the
+        blocks that every token of the tile sees whole. A tile's tokens lie within `rows` of its first one's granule.
+        Tiles of padding see nothing. Then, equal in all n rows, so that a kernel needs not one load after the other:
+        from which token on all are padding, and how many of the n tiles there are; the others are meaningless but for
+        these two. Then, for each part of a tile that has several: of its blocks the first and the end of those that any
+        of the part's tokens sees, and of those that all of them see whole. A part without tokens has no blocks, one
+        whose tokens see nothing has the first.
     """
 
     ranges: jax.Array
     tiles: jax.Array
 
 
-def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, rows: int, block: int) -> PackedPlan:
+def packed_plan(
+    query_starts: jax.Array,
+    tokens: int,
+    spec: AttentionSpec,
+    *,
+    rows: int,
+    block: int,
+    parts: int = 1,
+) -> PackedPlan:
     """Cuts the batch into tiles of at most `rows` queries that read blocks of `block` keys.
 
-    A tile ends with a sequence wherever one ends within its rows: short sequences then meet no keys but those of their
-    own tile, and a tile's worth of keys is one block.
+    A tile of one part ends with a sequence wherever one ends within its rows: short sequences then meet no keys but
+    those of their own tile, and a tile's worth of keys is one block. Tiles of several parts are cut every `rows`
+    tokens: each part skips the blocks that its tokens do not see.
     """
     total = query_starts[-1]
     token = jnp.arange(tokens + rows, dtype=jnp.int32)
@@ -55,8 +67,13 @@ def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, ro
     if spec.causal:
         end = jnp.minimum(end, token + 1)
 
-    cuts = tile_cuts(query_starts, tokens, rows)
+    if parts == 1:
+        cuts = tile_cuts(query_starts, tokens, rows)
+    else:
+        cuts = jnp.minimum(jnp.arange(-(-tokens // rows) + 1, dtype=jnp.int32) * rows, tokens)
     first, last = cuts[:-1], cuts[1:]
+    ranges = jnp.stack([begin, end]).astype(jnp.int32)
+    begin, end = (jnp.where(real, x, total) for x in (begin, end))
     # Both ends of what a token sees grow from token to token: the first and the last of a tile tell for all.
     final = jnp.maximum(last - 1, 0)
     lowest = begin[first] // GRANULE * GRANULE
@@ -67,8 +84,33 @@ def packed_plan(query_starts: jax.Array, tokens: int, spec: AttentionSpec, *, ro
     whole_end = jnp.clip((end[first] - lowest) // block, whole_begin, blocks)
     count = (first < tokens).sum(dtype=jnp.int32)
     for_all = (jnp.broadcast_to(x, first.shape) for x in (total, count))
-    tiles = jnp.stack([first, last, lowest, blocks, whole_begin, whole_end, *for_all], axis=1)
-    return PackedPlan(jnp.stack([begin, end]).astype(jnp.int32), tiles.astype(jnp.int32))
+    columns = [first, last, lowest, blocks, whole_begin, whole_end, *for_all]
+    for part in range(parts if parts > 1 else 0):
+        low, high = (jnp.minimum(first + i * rows // parts, last) for i in (part, part + 1))
+        columns += _blocks_of_part(begin, end, low, high, lowest, blocks, block)
+    tiles = jnp.stack(columns, axis=1)
+    return PackedPlan(ranges, tiles.astype(jnp.int32))
+
+
+def _blocks_of_part(
+    begin: jax.Array,
+    end: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    lowest: jax.Array,
+    blocks: jax.Array,
+    block: int,
+) -> list[jax.Array]:
+    """The columns of one part, the tokens [low, high) of each tile, whose blocks begin at the key `lowest`."""
+    filled, final = low < high, jnp.maximum(high - 1, 0)
+    used_begin = jnp.where(filled, (begin[low] - lowest) // block, blocks)
+    used_end = jnp.where(filled, -(-(end[final] - lowest) // block), blocks)
+    blind = filled & (end[low] == begin[low])
+    used_begin, used_end = jnp.where(blind, 0, used_begin), jnp.where(blind, 1, used_end)
+    whole_begin = jnp.clip(-(-(begin[final] - lowest) // block), used_begin, used_end)
+    whole_begin = jnp.where(blind, used_end, whole_begin)
+    whole_end = jnp.clip((end[low] - lowest) // block, whole_begin, used_end)
+    return [used_begin, used_end, whole_begin, whole_end]
 
 
 def tile_cuts(query_starts: jax.Array, tokens: int, rows: int) -> jax.Array:
