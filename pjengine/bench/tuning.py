@@ -24,7 +24,7 @@ from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.paged.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
-from pjengine.pallas_kernels.tuning import TABLES, shape_key, table_name
+from pjengine.pallas_kernels.tuning import TABLES, read_rows, shape_key, table_name
 
 HEADS = (Heads(32, 8, 128), Heads(9, 3, 64))
 ENCODER_HEADS = (Heads(16, 16, 64), Heads(12, 12, 32))
@@ -59,8 +59,8 @@ class Tunable:
                 yield config
 
 
-def tune(tunable: Tunable, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The table's row for it; None where no candidate beats the heuristic by the margin.
+def tune(tunable: Tunable, say: Callable[[str], None]) -> dict[str, Any]:
+    """The table's row for it; where no candidate beats the heuristic by the margin, one that replaces nothing.
 
     A candidate that the compiler refuses (too much shared memory, say) is named and passed over.
     """
@@ -79,19 +79,18 @@ def tune(tunable: Tunable, say: Callable[[str], None]) -> dict[str, Any] | None:
         if seconds < best_seconds:
             best, best_seconds = config, seconds
     say(f"{tunable.kernel}, {shape_key(tunable.spec)}: {base * 1e6:.1f} µs, best {best_seconds * 1e6:.1f} with {best}")
-    if best_seconds > MARGIN * base:
-        return None
+    better = best_seconds <= MARGIN * base
     return {
         "kernel": tunable.kernel,
         "shape": shape_key(tunable.spec),
-        "config": {name: getattr(best, name) for name in tunable.fields},
+        "config": {name: getattr(best, name) for name in tunable.fields} if better else {},
         "microseconds": round(best_seconds * 1e6, 1),
         "heuristic_microseconds": round(base * 1e6, 1),
     }
 
 
 def write_table(tunables: Iterable[Tunable], say: Callable[[str], None], folder: Path = TABLES) -> Path:
-    """Tunes them all and writes the device's table.
+    """Tunes them one by one; each has its row in the device's table as soon as it is known, the others keep theirs.
 
     Raises:
       KernelUnavailable: there is no GPU.
@@ -99,10 +98,13 @@ def write_table(tunables: Iterable[Tunable], say: Callable[[str], None], folder:
     device_kind = current_target().device_kind
     if device_kind is None:
         raise KernelUnavailable("tune_kernels: needs an NVIDIA GPU")
-    rows = [row for tunable in tunables if (row := tune(tunable, say)) is not None]
     folder.mkdir(exist_ok=True)
     path = folder / table_name(device_kind)
-    report.write(str(path), "tune_kernels", {"device": device_kind, "rows": rows})
+    rows = {(row["kernel"], row["shape"]): row for row in read_rows(path)}
+    for tunable in tunables:
+        row = tune(tunable, say)
+        rows[row["kernel"], row["shape"]] = row
+        report.write(str(path), "tune_kernels", {"device": device_kind, "rows": list(rows.values())})
     return path
 
 

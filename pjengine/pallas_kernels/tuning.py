@@ -50,9 +50,14 @@ def table_name(device_kind: str) -> str:
     return device_kind.lower().replace(" ", "_") + ".json"
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A table's rows: kernel, shape, config (fields by name; none where the heuristic is the best that was tried) and
+    the times they were found by. Empty where there is no table.
+    """
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 @functools.cache
 def _table(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(kernel, shape) -> fields of its config; empty where the device has no table."""
-    if not path.exists():
-        return {}
-    return {(row["kernel"], row["shape"]): row["config"] for row in json.loads(path.read_text())["rows"]}
+    """(kernel, shape) -> fields of its config."""
+    return {(row["kernel"], row["shape"]): row["config"] for row in read_rows(path)}

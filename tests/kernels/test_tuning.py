@@ -16,7 +16,7 @@ from pjengine.bench.kernels import Timer
 from pjengine.bench.tuning import Tunable, tune
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.specs import AttentionSpec
-from pjengine.pallas_kernels.tuning import shape_key, tuned
+from pjengine.pallas_kernels.tuning import read_rows, shape_key, tuned
 from tests.kernels.hopper import lower_for_hopper
 
 H200 = Target("gpu", 90, 132, "NVIDIA H200")
@@ -71,7 +71,17 @@ def test_tuning_keeps_the_fastest_that_compiles() -> None:
 
 
 def test_a_gain_below_the_margin_leaves_the_heuristic() -> None:
-    assert tune(Tunable("decode", SPEC, Config(), {"stages": (2, 3)}, timed), lambda line: None) is None
+    row = tune(Tunable("decode", SPEC, Config(), {"stages": (2, 3)}, timed), lambda line: None)
+    assert row["config"] == {}
+
+
+def test_a_run_keeps_the_rows_of_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "current_target", lambda: H200)
+    tunables = [Tunable(name, SPEC, Config(), {"block": (64, 128)}, timed) for name in ("decode", "prefill")]
+    tuning.write_table(tunables, lambda line: None, tmp_path)
+    path = tuning.write_table(tunables[:1], lambda line: None, tmp_path)
+    assert [row["kernel"] for row in read_rows(path)] == ["decode", "prefill"]
+    assert tuned("prefill", SPEC, H200, Config(), tmp_path) == Config(block=128)
 
 
 def test_the_packed_kernels_that_are_tuned_lower_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
