@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from pjengine.bench import kernels, report
-from pjengine.bench.kernels import Heads, Timer
+from pjengine.bench.kernels import FLOAT8, Heads, Timer
 from pjengine.errors import KernelUnavailable
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.paged.support import mosaic_refusal
@@ -128,11 +128,12 @@ def mosaic_tunables(target: Target) -> Iterator[Tunable]:
     sms = target.cores or HOPPER_SMS
     for heads in HEADS:
         spec = AttentionSpec(heads.query, heads.kv, heads.dim, page_size=PAGE)
-        decode = dataclasses.replace(spec, decode=True)
         fields = {"block": (64, 128), "stages": (2, 3, 4, 6)}
-        op = functools.partial(_paged, paged.paged_attention, "decode", decode)
-        timer = functools.partial(_decode_timer, op, decode)
-        yield Tunable("mosaic decode", decode, paged.decode_config(decode, target), fields, timer)
+        for kv_dtype in (spec.kv_dtype, FLOAT8):
+            decode = dataclasses.replace(spec, decode=True, kv_dtype=kv_dtype)
+            op = functools.partial(_paged, paged.paged_attention, "decode", decode)
+            timer = functools.partial(_decode_timer, op, decode)
+            yield Tunable("mosaic decode", decode, paged.decode_config(decode, target), fields, timer)
         op = functools.partial(_paged, paged.paged_attention, "prefill", spec)
         timer = functools.partial(_prefill_timer, op, spec)
         yield Tunable("mosaic prefill", spec, paged.prefill_config(spec, target), fields, timer)
@@ -186,7 +187,8 @@ def _heads(spec: AttentionSpec) -> Heads:
 
 def _decode_timer(op: Any, spec: AttentionSpec, config: Any) -> Timer:
     spans = [(1, length) for length in DECODE_LENS]
-    return kernels.paged_timer(spans, decode=True, heads=_heads(spec), page=PAGE, op=functools.partial(op, config))
+    op = functools.partial(op, config)
+    return kernels.paged_timer(spans, decode=True, heads=_heads(spec), page=PAGE, kv_dtype=spec.kv_dtype, op=op)
 
 
 def _prefill_timer(op: Any, spec: AttentionSpec, config: Any) -> Timer:
