@@ -72,7 +72,7 @@ class ExecutableStore:
         load_runtime(current_target())
         device = jax.devices()[0]
         parts = (
-            _source_digest(),
+            source_digest(Path(pjengine.__file__).parent),
             jax.__version__,
             device.client.platform_version,
             device.device_kind,
@@ -145,10 +145,9 @@ def use_compile_cache(directory: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _source_digest() -> str:
-    """Of every Python file of the package: any change of code makes other executables."""
+def source_digest(package: Path) -> str:
+    """Of a package's Python files and tables (of block sizes): any change of them makes other executables."""
     digest = hashlib.sha256()
-    root = Path(pjengine.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    for path in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from pjengine.compilation import Compilation, Work
 from pjengine.config import EngineConfig
 from pjengine.engine import Engine
 from pjengine.errors import ConfigError, OutOfMemory
-from pjengine.executables import open_store
+from pjengine.executables import open_store, source_digest
 from pjengine.factory import make_engine
 from pjengine.heap import freeze_heap
 from pjengine.model_runner import ModelRunner
@@ -275,3 +275,12 @@ def test_who_serves_while_programs_are_lowered_need_not_wait_long_for_the_interp
     made._end_threads()
     assert during == [pytest.approx(5e-4)]
     assert sys.getswitchinterval() == pytest.approx(before)
+
+
+def test_code_and_tables_of_block_sizes_make_other_executables(tmp_path: Path) -> None:
+    (tmp_path / "tuned").mkdir()
+    seen = set()
+    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("tuned/gpu.json", "{}"), ("tuned/gpu.json", "[]")):
+        (tmp_path / name).write_text(text)
+        seen.add(source_digest(tmp_path))
+    assert len(seen) == 4
