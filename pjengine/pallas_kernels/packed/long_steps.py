@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjengine.pallas_kernels.flash import Ring
-from pjengine.pallas_kernels.flash_joint import SLACK, Turns
+from pjengine.pallas_kernels.flash_joint import SLACK, Turns, last_values
 from pjengine.pallas_kernels.mosaic_common import MASKED, TILE_ROWS, clear_rows_from, column, scaled_exp2, tile
 from pjengine.pallas_kernels.packed.tiles import in_units, mask_unless
 from pjengine.pallas_kernels.tile_softmax import PARTS, add_parts, rescale_if_needed
@@ -145,17 +145,9 @@ class Part:
 
     def _last(self, i: jax.Array, carry: tuple[State, jax.Array], turns: Turns) -> Result:
         """The product with V of block i."""
-        ring, slot = self.ring, self.slot(i)
-        (acc, _, total), weights = carry
-        turns.wait()
-
-        def multiply(acc_ref: Any) -> None:
-            plgpu.wgmma(acc_ref, weights, ring.v.at[slot])
-            turns.hand_over()
-
-        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
-        plgpu.barrier_arrive(ring.v_free.at[slot])
-        return acc, total.sum(axis=1)
+        (acc, top, total), weights = carry
+        acc, _, total = last_values(self.ring, turns, self.step + i, (acc, top, total, weights))
+        return acc, total
 
     def _weigh(
         self, i: jax.Array, scores: jax.Array, top: jax.Array, total: jax.Array
