@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import jax
 
 from pjengine.bench import kernels, report
 from pjengine.bench.kernels import FLOAT8, Heads, Timer
-from pjengine.errors import KernelUnavailable
+from pjengine.errors import ConfigError, KernelUnavailable, PJEngineError
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.paged.support import mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
@@ -200,6 +200,22 @@ def _packed_timer(op: Any, spec: AttentionSpec, lens: list[int], config: Any) ->
     return kernels.packed_timer(lens, _heads(spec), op=functools.partial(op, config))
 
 
+def chosen(tunables: Iterable[Tunable], names: Collection[str]) -> list[Tunable]:
+    """The tunables of the named kernels; all where none is named.
+
+    Raises:
+      ConfigError: one of the names is no kernel's.
+    """
+    found = list(tunables)
+    known = sorted({tunable.kernel for tunable in found})
+    unknown = sorted(set(names) - set(known))
+    if unknown and known:
+        raise ConfigError(f"tune_kernels: no kernel here is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return [tunable for tunable in found if not names or tunable.kernel in names]
+
+
 if __name__ == "__main__":
-    chosen = [t for t in all_tunables() if not sys.argv[1:] or t.kernel in sys.argv[1:]]
-    print(write_table(chosen, functools.partial(print, flush=True)))
+    try:
+        print(write_table(chosen(all_tunables(), sys.argv[1:]), functools.partial(print, flush=True)))
+    except PJEngineError as error:
+        sys.exit(str(error))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from pjengine.bench import kernels, tuning
 from pjengine.bench.kernels import Timer
 from pjengine.bench.tuning import Tunable, tune
+from pjengine.errors import ConfigError
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import read_rows, shape_key, tuned
@@ -82,6 +86,21 @@ def test_a_run_keeps_the_rows_of_what_it_leaves_out(tmp_path: Path, monkeypatch:
     path = tuning.write_table(tunables[:1], lambda line: None, tmp_path)
     assert [row["kernel"] for row in read_rows(path)] == ["decode", "prefill"]
     assert tuned("prefill", SPEC, H200, Config(), tmp_path) == Config(block=128)
+
+
+def test_a_kernel_that_is_not_there_is_named() -> None:
+    tunables = [Tunable(name, SPEC, Config(), {"block": (64, 128)}, timed) for name in ("decode", "prefill")]
+    assert tuning.chosen(tunables, []) == tunables
+    assert tuning.chosen(tunables, ["prefill"]) == tunables[1:]
+    with pytest.raises(ConfigError, match=r"no kernel here is called decod; there are decode, prefill"):
+        tuning.chosen(tunables, ["decod", "prefill"])
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pjengine.bench.tuning"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr.strip()) == (1, "tune_kernels: needs an NVIDIA GPU")
 
 
 def test_the_packed_kernels_that_are_tuned_lower_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
