@@ -153,20 +153,21 @@ def test_decode_of_extreme_lengths(lens: list[int]) -> None:
     check(case, decode=True)
 
 
-@pytest.mark.parametrize("tokens", [300, 129, 64, 1, 2049])
-def test_one_prompt_alone(tokens: int) -> None:
-    """Token counts that are no multiple of a tile, no decode rows beside them."""
+@pytest.mark.parametrize("padding_rows", [0, 2])
+@pytest.mark.parametrize(("tokens", "kv"), [(300, 300), (129, 400), (64, 64), (1, 1), (1, 700), (1, 0), (2049, 2049)])
+def test_one_prompt_alone(tokens: int, kv: int, padding_rows: int) -> None:
+    """Token counts that are no multiple of a tile, no decode rows beside them, with and without a second kernel."""
     rng = np.random.default_rng(0)
     case = paged_case(
         rng,
         [tokens],
-        [tokens],
+        [kv],
         heads=8,
         kv_heads=2,
         head_dim=128,
         page_size=64,
         dtype="bfloat16",
-        padding_rows=2,
+        padding_rows=padding_rows,
         padding_tokens=5,
     )
     check(case)

@@ -46,6 +46,6 @@ def check(query_lens: list[int], kv_lens: list[int], *, window: int | None = Non
 
 
 if __name__ == "__main__":
-    check([5, 150, 3], [5, 200, 0], block=64, query_stages=2)  # several rows in a tile, a row without KV tokens
+    check([5, 150, 3, 1], [5, 200, 0, 70], block=64, query_stages=2)  # several rows in a tile, one without KV tokens
     check([256, 64], [256, 100], block=128, query_stages=1)  # whole tiles: half a block that no query sees
     check([150], [200], block=64, query_stages=2, window=70)
