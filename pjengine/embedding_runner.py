@@ -20,6 +20,7 @@ from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, QUIET_TRIALS, compi
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
+from pjengine.pallas_kernels.encoder_stack.api import TOKENS as FEW_TOKENS
 from pjengine.pallas_kernels.packed.support import LONG
 from pjengine.request import Request
 from pjengine.step_inputs import StepInputs
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens of the compiled shapes. On a GPU few tokens cost what one costs, so padding is free; from some thousand on each
 # has its price. On a CPU every padding token has, but compiling costs more.
-_GPU_SIZES = (16, 64, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
+_GPU_SIZES = (FEW_TOKENS, 64, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
 _CPU_SIZES = (32, 128, 512)
 _SHORT = 8  # tokens of a text, on average, for which a shape has rows
 _LONG_FROM = 2048  # tokens of the smallest shape for long texts, which is there if texts may be as long
@@ -105,7 +106,9 @@ class EmbeddingRunner:
         store: ExecutableStore,
         progress: bool = True,
     ):
-        self._params = params
+        for_few = getattr(module, "params_for_few", lambda *_: None)(params, model_config, backend)
+        # A call also takes the time to hand over each array, so the smallest batches bring no more than they need.
+        self._params = {b: params if for_few is None or b.tokens != FEW_TOKENS else for_few for b in buckets}
         self._token_types = token_types
         self._layouts = {b: _layout(b, token_types) for b in buckets}
         gpu = jax.default_backend() == "gpu"
@@ -129,11 +132,11 @@ class EmbeddingRunner:
 
         jitted = jax.jit(run, static_argnums=2)
         self._executables = compile_all(
-            {b: functools.partial(jitted.lower, params, self._layouts[b].abstract, b) for b in buckets},
+            {b: functools.partial(jitted.lower, self._params[b], self._layouts[b].abstract, b) for b in buckets},
             "batches",
             store,
             progress,
-            options=lambda bucket: _compiler_options(bucket) if gpu else {},
+            options=lambda b: _compiler_options(b, one_launch=self._params[b] is for_few) if gpu else {},
         )
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)
@@ -164,7 +167,7 @@ class EmbeddingRunner:
                 if request.token_type_ids is not None:
                     v["token_types"][at : at + length] = request.token_type_ids
         v["positions"][:total] = np.arange(total) - np.repeat(starts[: len(lengths)], lengths)
-        results = self._executables[bucket](self._params, buffer)
+        results = self._executables[bucket](self._params[bucket], buffer)
         results.copy_to_host_async()
         return RunningBatch(results, len(lengths), bucket.tokens)
 
@@ -186,8 +189,10 @@ class EmbeddingRunner:
         return measure_curve(rows, timed)
 
 
-def _compiler_options(bucket: Bucket) -> dict[str, Any]:
-    """XLA's options for a batch on a GPU."""
+def _compiler_options(bucket: Bucket, *, one_launch: bool) -> dict[str, Any]:
+    """XLA's options for a batch on a GPU. one_launch: of all layers."""
+    if one_launch:
+        return {}
     graphs = IN_LINE if bucket.tokens >= _IN_LINE_FROM else IN_PIECES
     return {**graphs, **CUBLAS, **QUIET_TRIALS} if bucket.tokens >= _CUBLAS_FROM else {**graphs}
 

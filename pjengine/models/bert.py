@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Self
 
-from pjengine.models.encoder import EncoderConfig, cache_specs, forward, param_specs
+from pjengine.models.encoder import EncoderConfig, cache_specs, forward, param_specs, params_for_few
 from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig
 
-__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs"]
+__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs", "params_for_few"]
 
 
 class Config(EncoderConfig):

@@ -6,11 +6,11 @@ from typing import Any, Self
 
 from pjengine.errors import ModelError
 from pjengine.models import encoder
-from pjengine.models.encoder import EncoderConfig, LayerNames, cache_specs, forward
+from pjengine.models.encoder import EncoderConfig, LayerNames, cache_specs, forward, params_for_few
 from pjengine.models.heads import Dense, Head, class_head, class_labels
 from pjengine.models.hf_config import HFConfig, allow, required
 
-__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs"]
+__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs", "params_for_few"]
 
 _NAMES = LayerNames(
     layers="transformer.layer",

@@ -12,7 +12,15 @@ from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import linear, linear_gelu
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
 from pjengine.models.relative_positions import relative_buckets
-from pjengine.pallas_kernels import layer_norm, packed_attention_qkv
+from pjengine.pallas_kernels import (
+    encoder_stack,
+    layer_norm,
+    pack_layers,
+    packed_attention_qkv,
+    serves_encoder_stack,
+)
+from pjengine.pallas_kernels.encoder_stack.api import TOKENS as FEW_TOKENS
+from pjengine.pallas_kernels.specs import EncoderStackSpec
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 
@@ -111,13 +119,22 @@ def cache_specs(config: EncoderConfig) -> tuple[CacheSpec, ...]:
     return ()
 
 
+def params_for_few(params: dict[str, Any], config: EncoderConfig, backend: str) -> dict[str, Any] | None:
+    """The weights for batches of FEW_TOKENS, where one launch serves all layers of such; those of layers a second time."""
+    spec = EncoderStackSpec(config.hidden_size, config.num_heads, config.mlp_size, params["embed"].dtype.name)
+    if config.relative_buckets or not serves_encoder_stack(spec, backend):
+        return None
+    others = {name: value for name, value in params.items() if name != "layers"}
+    return {**others, "packed": pack_layers(params["layers"], config.num_heads)}
+
+
 def forward(
     params: dict[str, Any], inputs: StepInputs, cache: KVCache | None, config: EncoderConfig
 ) -> tuple[jax.Array, KVCache | None]:
     """Hidden states [T, hidden_size] of packed whole sequences; `pooling.pool` makes embeddings of them.
 
     Args:
-      params: arrays in the tree of `param_specs`; their dtype is the dtype of the computation.
+      params: arrays in the tree of `param_specs` or of `params_for_few`; their dtype is the dtype of the computation.
       inputs: T tokens of R rows, each row a whole sequence.
       cache: passed through; encoders have none.
     """
@@ -125,6 +142,8 @@ def forward(
     if config.type_vocab_size:
         x += params["type_embed"][0] if inputs.token_types is None else params["type_embed"][inputs.token_types]
     x = _norm(x, params, "embed_norm", config, inputs)
+    if "packed" in params:
+        return encoder_stack(x, inputs.query_starts, params["packed"], eps=config.layer_norm_eps), cache
     bias = params["relative_bias"][relative_buckets(config.relative_buckets)].T if config.relative_buckets else None
     for layer in params["layers"]:
         x = _layer(layer, x, bias, inputs, config)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pjengine.models import roberta
-from pjengine.models.roberta import cache_specs, classifier, forward, param_specs
+from pjengine.models.roberta import cache_specs, classifier, forward, param_specs, params_for_few
 
-__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs"]
+__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs", "params_for_few"]
 
 
 class Config(roberta.Config):

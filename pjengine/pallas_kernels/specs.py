@@ -102,3 +102,13 @@ class RowNormSpec:
     dtype: str = "bfloat16"
     centred: bool = False
     eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderStackSpec:
+    """Sizes of a post-norm encoder whose layers one launch computes; mlp: width of the MLP."""
+
+    hidden: int
+    heads: int
+    mlp: int
+    dtype: str
