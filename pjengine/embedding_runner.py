@@ -17,6 +17,7 @@ import numpy as np
 
 from pjengine.batch import Bucket, Layout
 from pjengine.compilation import CUBLAS, IN_LINE, IN_PIECES, QUIET_TRIALS, compile_all
+from pjengine.cuda_driver import DeviceCopies
 from pjengine.executables import ExecutableStore
 from pjengine.models import heads
 from pjengine.models.heads import Head
@@ -41,6 +42,7 @@ _CUBLAS_FROM = 2048
 # waits for the graph's last launch to end; in pieces neither holds.
 _IN_LINE_FROM = 4096
 _MOST_TOKENS = 8192  # of a batch whose size is measured: larger shapes are for single long texts
+_SMALL_RESULT = 128 * 1024  # bytes of results that are better copied when they are there than beside other batches
 _TIMED_LENGTH = 16  # tokens of each text in the batches whose time is measured
 
 
@@ -74,6 +76,7 @@ class RunningBatch:
     results: Any  # jax.Array, whose `is_ready` its type leaves out
     count: int
     bucket_tokens: int
+    copies: DeviceCopies | None  # None: the copy is on its way already
 
     @property
     def done(self) -> bool:
@@ -81,7 +84,8 @@ class RunningBatch:
 
     def read(self) -> np.ndarray:
         """float32 [sequences, the head's size]; waits for the device."""
-        return np.asarray(self.results)[: self.count]
+        results = np.asarray(self.results) if self.copies is None else self.copies.to_host(self.results)
+        return results[: self.count]
 
 
 class EmbeddingRunner:
@@ -138,6 +142,7 @@ class EmbeddingRunner:
             progress,
             options=lambda b: _compiler_options(b, one_launch=self._params[b] is for_few) if gpu else {},
         )
+        self._copies = DeviceCopies(jax.devices()[0].local_hardware_id) if gpu else None
         self.max_rows = max(b.rows for b in buckets)
         self.max_tokens = max(b.tokens for b in buckets)
         self.knee: CurvePoint | None = None
@@ -168,8 +173,10 @@ class EmbeddingRunner:
                     v["token_types"][at : at + length] = request.token_type_ids
         v["positions"][:total] = np.arange(total) - np.repeat(starts[: len(lengths)], lengths)
         results = self._executables[bucket](self._params[bucket], buffer)
-        results.copy_to_host_async()
-        return RunningBatch(results, len(lengths), bucket.tokens)
+        copies = self._copies if results.nbytes <= _SMALL_RESULT else None
+        if copies is None:
+            results.copy_to_host_async()
+        return RunningBatch(results, len(lengths), bucket.tokens, copies)
 
     def measure(self) -> list[CurvePoint]:
         """Seconds of full batches of each size, as `measure_curve` takes them."""

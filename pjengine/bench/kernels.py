@@ -4,14 +4,15 @@ Decode and KV writes are bound by memory: their ratio is to the copy bandwidth m
 counted once. Prefill and packed attention are bound by the tensor cores: theirs is to the GEMM rate. Each case runs
 several times inside one jitted function, as often as a model has layers, each result feeding the next call, over
 caches that exceed the L2, and functions follow one another for so long that the host's first launch counts for
-nothing. Calls of a few microseconds, which the device runs faster than the host launches them, are timed on the device:
+nothing. That heats the card to its power limit, which the GEMM rate, ten products after a pause, does not meet: rows
+bound by the tensor cores also say what they reach as long as the card is cool. Calls of a few microseconds, which the
+device runs faster than the host launches them, are timed on the device:
 from the first kernel's start to the last one's end in a profile.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import glob
 import math
 import statistics
@@ -34,9 +35,28 @@ CALLS = 32  # of the op inside one jitted function
 REPEATS = 9
 LAUNCHES = 3  # of the function, at least, and so many that they take SUSTAINED seconds
 SUSTAINED = 40e-3
+PAUSE = 1.0  # seconds in which the card cools
 HOST_BOUND = 30e-6  # seconds of a call; shorter ones are timed on the device
 
-Timer = Callable[[], float]  # the seconds of one call of an op that is compiled already
+
+@dataclasses.dataclass(frozen=True)
+class Timer:
+    """A function that calls an op CALLS times, compiled, and its arguments."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> float:
+        """Seconds of one call of the op, sustained."""
+        return _seconds(self.function, *self.arguments)
+
+    def cool(self) -> float:
+        """Seconds of one call, after a pause and one launch of the function."""
+        time.sleep(PAUSE)
+        jax.block_until_ready(self.function(*self.arguments))
+        started = time.perf_counter()
+        jax.block_until_ready(self.function(*self.arguments))
+        return (time.perf_counter() - started) / CALLS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +112,9 @@ def packed_cases() -> dict[str, list[int]]:
 def main(json_path: str | None) -> list[dict[str, Any]]:
     """Runs everything, prints a table, and writes it to json_path where given.
 
-    Returns: a row per case: op, case, microseconds, rate, unit, ratio (to the unit's ceiling), cudnn (our rate over
-      that of `jax.nn.dot_product_attention`'s cuDNN path; None where cuDNN cannot do the work).
+    Returns: a row per case: op, case, microseconds, rate, unit, ratio (to the unit's ceiling), cool (the rate after a
+      pause; None where the memory is the bound), cudnn (our rate over that of `jax.nn.dot_product_attention`'s cuDNN
+      path; None where cuDNN cannot do the work).
     Raises:
       KernelUnavailable: there is no GPU.
       ConfigError: json_path cannot be written.
@@ -124,7 +145,14 @@ def main(json_path: str | None) -> list[dict[str, Any]]:
 
 
 def _row(
-    op: str, case: str, seconds: float, ceiling: roofline.Roofline, *, nbytes: float = 0, flops: float = 0
+    op: str,
+    case: str,
+    seconds: float,
+    ceiling: roofline.Roofline,
+    *,
+    nbytes: float = 0,
+    flops: float = 0,
+    cool: float | None = None,
 ) -> dict[str, Any]:
     unit, work, limit = ("TFLOP/s", flops, ceiling.gemm_rate) if flops else ("TB/s", nbytes, ceiling.copy_bandwidth)
     return {
@@ -134,12 +162,13 @@ def _row(
         "rate": round(work / seconds / 1e12, 3),
         "unit": unit,
         "ratio": round(work / seconds / limit, 3),
+        "cool": None if cool is None else round(work / cool / 1e12, 3),
         "cudnn": None,
     }
 
 
 def _timer(function: Any, *arguments: Any) -> Timer:
-    return functools.partial(_seconds, function.lower(*arguments).compile(), *arguments)
+    return Timer(function.lower(*arguments).compile(), arguments)
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
@@ -231,9 +260,10 @@ def _decode_row(
 def _prefill_row(
     case: str, spans: list[tuple[int, int]], ceiling: roofline.Roofline, heads: Heads = LLAMA_8B
 ) -> dict[str, Any]:
-    seconds = paged_timer(spans, decode=False, heads=heads)()
+    timer = paged_timer(spans, decode=False, heads=heads)
+    cool, seconds = timer.cool(), timer()
     pairs = sum(n * (kv - n) + n * (n + 1) / 2 for n, kv in spans)
-    row = _row("paged_attention, mixed", case, seconds, ceiling, flops=4 * heads.query * heads.dim * pairs)
+    row = _row("paged_attention, mixed", case, seconds, ceiling, flops=4 * heads.query * heads.dim * pairs, cool=cool)
     if len(spans) == 1 and spans[0][0] == spans[0][1]:
         row["cudnn"] = round(_cudnn_seconds(1, spans[0][0], heads, causal=True) / seconds, 3)
     return row
@@ -256,9 +286,10 @@ def packed_timer(
 
 
 def _packed_row(case: str, lens: list[int], ceiling: roofline.Roofline, heads: Heads = BGE_LARGE) -> dict[str, Any]:
-    seconds = packed_timer(lens, heads)()
+    timer = packed_timer(lens, heads)
+    cool, seconds = timer.cool(), timer()
     flops = 4 * heads.query * heads.dim * sum(n * n for n in lens)
-    row = _row("packed_attention", case, seconds, ceiling, flops=flops)
+    row = _row("packed_attention", case, seconds, ceiling, flops=flops, cool=cool)
     if len(set(lens)) == 1:
         row["cudnn"] = round(_cudnn_seconds(len(lens), lens[0], heads, causal=False) / seconds, 3)
     return row

@@ -50,7 +50,7 @@ class Tunable:
     spec: AttentionSpec
     heuristic: Any
     fields: dict[str, tuple[int, ...]]
-    prepare: Callable[[Any], Timer]
+    prepare: Callable[[Any], Callable[[], float]]
 
     def candidates(self) -> Iterator[Any]:
         for values in itertools.product(*self.fields.values()):

@@ -19,7 +19,6 @@ from pjengine.pallas_kernels import (
     packed_attention_qkv,
     serves_encoder_stack,
 )
-from pjengine.pallas_kernels.encoder_stack.api import TOKENS as FEW_TOKENS
 from pjengine.pallas_kernels.specs import EncoderStackSpec
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
@@ -120,7 +119,7 @@ def cache_specs(config: EncoderConfig) -> tuple[CacheSpec, ...]:
 
 
 def params_for_few(params: dict[str, Any], config: EncoderConfig, backend: str) -> dict[str, Any] | None:
-    """The weights for batches of FEW_TOKENS, where one launch serves all layers of such; those of layers a second time."""
+    """The weights for the smallest batches, where one launch serves all layers: those of the layers a second time."""
     spec = EncoderStackSpec(config.hidden_size, config.num_heads, config.mlp_size, params["embed"].dtype.name)
     if config.relative_buckets or not serves_encoder_stack(spec, backend):
         return None

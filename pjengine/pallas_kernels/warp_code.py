@@ -1,4 +1,4 @@
-"""Per-warp products, bulk copies and a barrier of the whole grid, in PTX, where neither Pallas nor `registers` has them.
+"""Products of a warp, bulk copies and a barrier of the whole grid, in PTX: what neither Pallas nor `registers` has.
 
 Only for use inside `plgpu.inline_mgpu`. Products are mma.m16n8k16 on bfloat16: lane (group g = 0 to 7, pair c = 0 to 3)
 holds of the left operand, 16 by 16, the rows g and g + 8 at the columns 2c, 2c + 1, 2c + 8, 2c + 9; of the right one,
@@ -43,9 +43,7 @@ def multiply(sums: Sums, left: list[Any], right: list[Any]) -> Sums:
 
 def to_bfloat16_pair(low: Any, high: Any) -> Any:
     """A word of two bfloat16 of two float32."""
-    return llvm.inline_asm(
-        words(1), [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", has_side_effects=False
-    )
+    return llvm.inline_asm(words(1), [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", has_side_effects=False)
 
 
 def from_bfloat16_pair(word: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """Each kernel once, over a small ragged batch and nothing else: what compute-sanitizer runs (`gpu_check --sanitizer`).
 
-    python3 -m tests.gpu.small_cases decode mixed float8 packed write stack
+python3 -m tests.gpu.small_cases decode mixed float8 packed write stack
 """
 
 from __future__ import annotations

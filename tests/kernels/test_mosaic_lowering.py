@@ -11,6 +11,7 @@ import pytest
 from pjengine.errors import KernelUnavailable
 from pjengine.models.layers import linear_swiglu
 from pjengine.pallas_kernels import (
+    encoder_stack,
     layer_norm,
     packed_attention,
     packed_attention_qkv,
@@ -19,6 +20,7 @@ from pjengine.pallas_kernels import (
     rope_write_kv,
     rope_write_kv_qkv,
 )
+from pjengine.pallas_kernels.encoder_stack.packing import PackedLayers
 from tests.kernels.hopper import lower_for_hopper
 
 # heads, kv_heads, head_dim, page_size
@@ -301,3 +303,23 @@ def test_refusals_name_the_reason() -> None:
             *[((9, 3, 16, 64), "float8_e4m3fn")] * 2,
             ((4,), "int32"),
         )
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(1024, 16), (384, 12)])
+def test_encoder_stack(hidden: int, heads: int) -> None:
+    """One kernel, however many layers."""
+
+    def stack(x: Any, starts: Any, weights: Any, biases: Any, norms: Any, counter: Any) -> Any:
+        return encoder_stack(x, starts, PackedLayers(weights, biases, norms, counter, heads), eps=1e-12)
+
+    layers = 3
+    text = lower_for_hopper(
+        stack,
+        ((16, hidden), "bfloat16"),
+        ((9,), "int32"),
+        ((layers, hidden // 8, 12, 8 * hidden), "bfloat16"),
+        ((layers, 9 * hidden), "bfloat16"),
+        ((layers, 4, hidden), "bfloat16"),
+        ((1,), "int32"),
+    )
+    assert text.count("custom_call @mosaic_gpu") == 1

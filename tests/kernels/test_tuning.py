@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import pytest
 
 from pjengine.bench import kernels, tuning
-from pjengine.bench.kernels import Timer
 from pjengine.bench.tuning import Tunable, tune
 from pjengine.errors import ConfigError
 from pjengine.pallas_kernels.backends import Target
@@ -54,7 +54,7 @@ def test_a_table_of_another_version_is_refused(tmp_path: Path) -> None:
         tuned("decode", SPEC, H200, Config(), tmp_path)
 
 
-def timed(config: Config) -> Timer:
+def timed(config: Config) -> Callable[[], float]:
     if config.block == 256:
         raise ValueError("too much shared memory\nat 0x0")
     return lambda: {(64, 2): 10e-6, (64, 3): 9.9e-6, (128, 2): 8e-6, (128, 3): 7e-6}[config.block, config.stages]
@@ -111,7 +111,7 @@ def test_the_packed_kernels_that_are_tuned_lower_for_hopper(monkeypatch: pytest.
     monkeypatch.setattr(tuning, "SHORT_LENS", [18] * 3)
     texts: list[str] = []
 
-    def lowered(function: Any, *arguments: Any) -> Timer:
+    def lowered(function: Any, *arguments: Any) -> Callable[[], float]:
         texts.append(lower_for_hopper(function, *((x.shape, x.dtype) for x in arguments)))
         return lambda: 0.0
 

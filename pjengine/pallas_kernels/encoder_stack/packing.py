@@ -17,7 +17,6 @@ from flax import struct
 
 CHUNKS = 12
 COLUMNS = 8  # of a chunk
-QKV, OUTPUT, UP, DOWN = (0, 3), (3, 1), (4, 4), (8, 4)  # first chunk and number of chunks of each product
 
 
 @struct.dataclass
