@@ -21,7 +21,7 @@ from pjengine.serving.cli import app
 from pjengine.serving.cli_options import attribute_docs
 from pjengine.serving.server_options import ServerOptions
 from tests.helpers import GOLDEN, load_golden
-from tests.serving.live_server import ROOT
+from tests.serving.live_server import ROOT, SMOLLM_ENGINE
 
 HEAVY = {"jax", "numpy", "transformers", "tokenizers", "starlette", "uvicorn", "zmq", "pydantic", "rich"}
 SMOLLM = "smollm2-135m-instruct"
@@ -173,12 +173,9 @@ def test_embed(tmp_path: Path) -> None:
     assert len(rows[0]["embedding"]) == 384
 
 
-SMALL = ["--max-model-len", "256", "--max-num-seqs", "2", "--max-num-batched-tokens", "64"]
-
-
 @pytest.mark.real
 def test_generate_from_standard_input() -> None:
-    arguments = ["--max-tokens", "5", "--temperature", "0", *SMALL]
+    arguments = ["--max-tokens", "5", "--temperature", "0", *SMOLLM_ENGINE]
     done = run("generate", SMOLLM, *arguments, stdin="The capital of France is")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
@@ -187,11 +184,12 @@ def test_generate_from_standard_input() -> None:
 @pytest.mark.real
 def test_chat_on_piped_input() -> None:
     """Answers know what was said before; /clear forgets it; a message that does not fit fails alone."""
-    questions = ["My name is Zebulon. Please remember it.", "What is my name?", "word " * 300, "/clear", "Say hello."]
-    done = run("chat", SMOLLM, "--max-tokens", "24", "--temperature", "0", *SMALL, stdin="\n".join(questions) + "\n")
+    questions = ["My name is Zebulon. Please remember it.", "What is my name?", "word " * 600, "/clear", "Say hello."]
+    arguments = ["--max-tokens", "24", "--temperature", "0", *SMOLLM_ENGINE]
+    done = run("chat", SMOLLM, *arguments, stdin="\n".join(questions) + "\n")
     assert done.returncode == 0, done.stderr
     assert "Zebulon" in done.stdout
-    assert "window of 256" in done.stderr
+    assert "window of 512" in done.stderr
     assert "Hello" in done.stdout.splitlines()[-1]
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serving.live_server import LiveServer, running, wait_for
+from tests.serving.live_server import SMOLLM_ENGINE, LiveServer, running, wait_for
 
 pytestmark = pytest.mark.real
 
 MODEL = "smollm2-135m-instruct"
-COMMAND = ["-m", "pjengine", "serve", MODEL, "--port", "0", "--dtype", "float32", "--max-model-len", "512"]
-COMMAND += ["--max-num-seqs", "64", "--num-pages", "1200", "--page-size", "16"]
+COMMAND = ["-m", "pjengine", "serve", MODEL, "--port", "0", *SMOLLM_ENGINE]
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 
 
@@ -205,8 +204,7 @@ def eight_streams(live: LiveServer, pool: ThreadPoolExecutor) -> list[Future[str
 
 def test_kill_9_of_the_engine_under_load() -> None:
     """Every open stream ends with an error, health turns 503, the exit code is 1."""
-    small = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--num-pages", "200"]
-    with running([*COMMAND, *small], seconds=180) as live, ThreadPoolExecutor(8) as pool:
+    with running(COMMAND, seconds=180) as live, ThreadPoolExecutor(8) as pool:
         futures = eight_streams(live, pool)
         os.kill(live.engine_pid(), signal.SIGKILL)
         wait_for(lambda: live.get("/health").status_code == 503, 2)
