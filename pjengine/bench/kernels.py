@@ -36,6 +36,7 @@ REPEATS = 9
 LAUNCHES = 3  # of the function, at least, and so many that they take SUSTAINED seconds
 SUSTAINED = 40e-3
 PAUSE = 1.0  # seconds in which the card cools
+COOL = 15e-3  # seconds of launches after it: ten products of the GEMM rate
 HOST_BOUND = 30e-6  # seconds of a call; shorter ones are timed on the device
 
 
@@ -51,12 +52,10 @@ class Timer:
         return _seconds(self.function, *self.arguments)
 
     def cool(self) -> float:
-        """Seconds of one call, after a pause and one launch of the function."""
+        """Seconds of one call, in launches that take as long as those of the GEMM rate, after a pause and one launch."""
         time.sleep(PAUSE)
-        jax.block_until_ready(self.function(*self.arguments))
-        started = time.perf_counter()
-        jax.block_until_ready(self.function(*self.arguments))
-        return (time.perf_counter() - started) / CALLS
+        first = _launch(self.function, self.arguments, 1)
+        return _launch(self.function, self.arguments, math.ceil(COOL / first)) / CALLS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,20 +172,21 @@ def _timer(function: Any, *arguments: Any) -> Timer:
 
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Median time of one op in a function that calls it CALLS times."""
-
-    def launch(count: int) -> float:
-        started = time.perf_counter()
-        for _ in range(count):
-            result = function(*arguments)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - started) / count
-
-    launch(1)
-    count = max(LAUNCHES, math.ceil(SUSTAINED / launch(1)))
-    seconds = statistics.median(launch(count) for _ in range(REPEATS)) / CALLS
+    _launch(function, arguments, 1)
+    count = max(LAUNCHES, math.ceil(SUSTAINED / _launch(function, arguments, 1)))
+    seconds = statistics.median(_launch(function, arguments, count) for _ in range(REPEATS)) / CALLS
     if seconds > HOST_BOUND:
         return seconds
     return statistics.median(_device_seconds(function, *arguments) for _ in range(5)) / CALLS
+
+
+def _launch(function: Callable[..., Any], arguments: tuple[Any, ...], count: int) -> float:
+    """Mean seconds of launches that follow one another."""
+    started = time.perf_counter()
+    for _ in range(count):
+        result = function(*arguments)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - started) / count
 
 
 def _device_seconds(function: Callable[..., Any], *arguments: Any) -> float:
