@@ -52,7 +52,7 @@ class Timer:
         return _seconds(self.function, *self.arguments)
 
     def cool(self) -> float:
-        """Seconds of one call, in launches that take as long as those of the GEMM rate, after a pause and one launch."""
+        """Seconds of one call as the GEMM rate is taken: after a pause and one launch, in launches as long as its."""
         time.sleep(PAUSE)
         first = _launch(self.function, self.arguments, 1)
         return _launch(self.function, self.arguments, math.ceil(COOL / first)) / CALLS
