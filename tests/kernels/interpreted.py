@@ -27,7 +27,7 @@ from pjengine.models.layers import swiglu
 from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
 from pjengine.pallas_kernels.gated_mlp import mosaic as mosaic_gated
 from pjengine.pallas_kernels.packed import long_steps, mosaic_long, mosaic_short, tiles
-from pjengine.pallas_kernels.paged import decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
+from pjengine.pallas_kernels.paged import decode_step, decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 
 
 class _Accumulator:
@@ -244,7 +244,16 @@ def interpreted() -> Iterator[None]:
         }
     )
     with contextlib.ExitStack() as stack:
-        kernels = (mosaic_decode, mosaic_prefill, mosaic_combine, mosaic_short, mosaic_long, long_steps, mosaic_gated)
+        kernels = (
+            mosaic_decode,
+            decode_step,
+            mosaic_prefill,
+            mosaic_combine,
+            mosaic_short,
+            mosaic_long,
+            long_steps,
+            mosaic_gated,
+        )
         for module in (flash, flash_joint, mosaic_common, tiles, *kernels):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):

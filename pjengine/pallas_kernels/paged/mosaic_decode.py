@@ -23,19 +23,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.masking import cap_scores
 from pjengine.pallas_kernels.mosaic_common import (
     LOG2E,
     MASKED,
     clear_memory,
     launch,
-    scaled_exp2,
     tile,
-    tile_iota,
     tiled_smem,
 )
 from pjengine.pallas_kernels.paged import decode_tiles as tiles
 from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, Plan, first_key, worker_fields
+from pjengine.pallas_kernels.paged.decode_step import State, attend_block
 from pjengine.pallas_kernels.paged.mosaic_combine import combine_pieces, partial_size
 from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources, page_numbers, page_tokens
 from pjengine.pallas_kernels.specs import AttentionSpec
@@ -295,11 +293,11 @@ def _decode_kernel(
             pl.when(segment.ordinal == 0)(functools.partial(stage_queries, segment, place))
             pl.when(segment.ordinal > 0)(functools.partial(plgpu.barrier_wait, q_full.at[lane * 2 + place]))
 
-            def block(i: jax.Array, state: _State, masked: bool) -> _State:
+            def block(i: jax.Array, state: State, masked: bool) -> State:
                 slot = ring_slot(segment.step + i)
                 barrier = lane * config.stages + slot
                 begin = (segment.first + i) * config.block
-                return _attend_block(
+                return attend_block(
                     q_smem.at[lane, place],
                     k_smem.at[lane, slot],
                     v_smem.at[lane, slot],
@@ -364,73 +362,3 @@ def _decode_kernel(
                     )
 
         for_each_segment(process)
-
-
-_State = tuple[
-    jax.Array, jax.Array, jax.Array
-]  # results [head_dim, columns], maxima [columns], weights [block, columns]
-
-
-def _attend_block(
-    q_smem: Any,
-    k_smem: Any,
-    v_smem: Any,
-    weights_smem: Any,
-    scratch: Any,
-    barriers: tuple[Any, Any, Any],
-    visible: tuple[jax.Array, jax.Array] | None,
-    state: _State,
-    *,
-    scale: jax.Array,
-    soft_cap: float | None,
-) -> _State:
-    """One step of the online softmax over all of a block, or over its tokens [visible[0], visible[1]).
-
-    The third part of the state is the sum of weights, still apart by token modulo the block.
-    """
-    k_full, v_full, free = barriers
-    acc, top, total = state
-    k_shared = tiles.keys_from_shared(k_smem.dtype)
-    v_shared = tiles.values_from_shared(v_smem.dtype, v_smem.shape[1])
-    plgpu.barrier_wait(k_full)
-    keys = k_smem if k_shared else tiles.key_fragments(k_smem)
-
-    def load_values() -> jax.Array:
-        plgpu.barrier_wait(v_full)
-        if visible is not None:
-            tiles.clear_tokens_outside(v_smem, *visible)
-        values = tiles.value_fragments(v_smem)
-        if not k_shared:
-            plgpu.barrier_arrive(free)
-        return values
-
-    def scores(acc_ref: Any) -> Any:
-        plgpu.wgmma(acc_ref, keys, q_smem.transpose((1, 0)))
-        values = None if v_shared else load_values()  # while the product runs
-        return acc_ref[...], values
-
-    qk, values = pl.run_scoped(scores, plgpu.ACC((total.shape[0], total.shape[1]), jnp.float32))
-    if k_shared and not v_shared:
-        plgpu.barrier_arrive(free)
-    factor = scale * LOG2E
-    if soft_cap is not None:
-        qk, factor = cap_scores(qk * scale, soft_cap), jnp.float32(LOG2E)
-    if visible is not None:
-        token = tile_iota((qk.shape[0], qk.shape[1]), 0)
-        qk = jnp.where((token < visible[1]) & (token >= visible[0]), qk, -jnp.inf)
-    new_top = jnp.maximum(top, tiles.reduce_tokens(qk, scratch, largest=True) * factor)
-    rescale = jnp.exp2(top - new_top)
-    weights = scaled_exp2(qk, factor, new_top, 1)
-    total = total * lax.broadcast_in_dim(rescale, total.shape, [1]) + weights
-    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [1])
-    tiles.store_weights(weights_smem, weights.astype(weights_smem.dtype))
-    if v_shared:
-        plgpu.barrier_wait(v_full)
-        if visible is not None:
-            tiles.clear_tokens_outside(v_smem, *visible)
-        values = v_smem.transpose((1, 0))
-    plgpu.commit_smem()
-    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, values, weights_smem.transpose((1, 0))))(plgpu.ACC.init(acc))
-    if v_shared:
-        plgpu.barrier_arrive(free)
-    return acc, new_top, total
