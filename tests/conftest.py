@@ -7,11 +7,15 @@ takes half the time. Not for real models, whose steps would take twice as long, 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Who starts the tests behind a shell's `&` has them ignore it, and tests of interrupts wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ON_GPU = bool({"cuda", "gpu"} & set(os.environ["JAX_PLATFORMS"].split(",")))
 
 
