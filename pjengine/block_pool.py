@@ -73,6 +73,12 @@ class BlockPool:
             self._page_of[page_hash] = page
             self._hash_of[page] = page_hash
 
+    def forget(self) -> None:
+        """No page is registered any more."""
+        self._page_of.clear()
+        self._hash_of = [None] * self.num_pages
+        self.num_cached = 0
+
     def _unregister(self, page: int) -> None:
         page_hash = self._hash_of[page]
         if page_hash is not None:

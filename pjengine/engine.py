@@ -117,16 +117,18 @@ class Engine:
                 self._finish(sequences[i])
 
     def step(self) -> list[Output]:
-        """One round; returns what the sequences gained by the step before."""
-        batch = self.scheduler.schedule()
-        started = None
-        if batch is not None:
-            started = batch, self.runner.dispatch(batch, self.scheduler.cache.take_copies())
-            self._steps += 1
-            self._step_tokens += batch.num_tokens
-            self._padded_tokens += started[1].bucket_tokens
-        finished, self._in_flight = self._in_flight, started
-        return self._update(*finished) if finished else []
+        """One round; returns what the sequences gained by the step before.
+
+        Raises: what the runner does, out of memory, say. Requests that were running are to be aborted then; others, and
+          new ones, are served as ever.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            # Pages are offered to the prefix cache when their step is planned, and this one may not have written them.
+            self.scheduler.cache.forget()
+            self._in_flight = None
+            raise
 
     def stats(self) -> Stats:
         scheduler, pools = self.scheduler, self.scheduler.cache.pools
@@ -153,6 +155,17 @@ class Engine:
         self.scheduler.check_integrity()
 
     # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> list[Output]:
+        batch = self.scheduler.schedule()
+        started = None
+        if batch is not None:
+            started = batch, self.runner.dispatch(batch, self.scheduler.cache.take_copies())
+            self._steps += 1
+            self._step_tokens += batch.num_tokens
+            self._padded_tokens += started[1].bucket_tokens
+        finished, self._in_flight = self._in_flight, started
+        return self._update(*finished) if finished else []
 
     def _check(self, request: Request) -> SamplingParams:
         info, params, prompt = self.info, request.params, request.prompt_token_ids

@@ -133,6 +133,11 @@ class KVCacheManager:
                     pool.register(table[i], hashes[i])
         seq.registered = full
 
+    def forget(self) -> None:
+        """Nothing that was offered is found again: steps that should have written it have not."""
+        for pool in self.pools:
+            pool.forget()
+
     def free(self, seq: Sequence) -> None:
         """Lets go of every page, the last first: a prefix's head stays reusable longest."""
         for pool, table in zip(self.pools, seq.tables, strict=True):

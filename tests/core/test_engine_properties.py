@@ -4,12 +4,17 @@ alone.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Never
+from unittest import mock
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pjengine.engine import Engine
 from pjengine.errors import InvalidRequest
-from pjengine.request import Request
+from pjengine.request import Output, Request
 from pjengine.sampling_params import SamplingParams
 from tests.core.simulated import EOS, VOCAB, alone, make_engine
 
@@ -120,6 +125,14 @@ def test_a_long_run_with_few_pages_preempts_and_still_tells_the_truth() -> None:
     assert steps > 1000
 
 
+def drain(engine: Engine) -> list[Output]:
+    """All that comes until nothing is left to do."""
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs
+
+
 def test_equal_prompts_share_pages_and_a_salt_keeps_tenants_apart() -> None:
     engine = make_engine((None,), pages=64, page_size=4, slots=4, budget=64)
     prompt = list(range(1, 18))
@@ -128,15 +141,35 @@ def test_equal_prompts_share_pages_and_a_salt_keeps_tenants_apart() -> None:
         engine.add(
             Request(request_id=name, prompt_token_ids=prompt, params=SamplingParams(max_tokens=2), cache_salt=salt)
         )
-        outputs = []
-        while engine.has_work:
-            outputs += engine.step()
-        return max(output.cached_tokens for output in outputs)
+        return max(output.cached_tokens for output in drain(engine))
 
     assert cached_tokens("a", None) == 0
     assert cached_tokens("b", None) == 16
     assert cached_tokens("c", "tenant") == 0
     assert cached_tokens("d", "tenant") == 16
+
+
+@pytest.mark.parametrize("failing", ["dispatch", "read"])
+def test_a_step_that_failed_leaves_nothing_to_reuse(failing: str) -> None:
+    """Its pages hold what was there before, though they were planned to hold the prompt."""
+    engine = make_engine((None,), pages=40, page_size=4, slots=4, budget=64)
+    prompt, params = list(range(1, 21)), SamplingParams(max_tokens=4, temperature=0)
+
+    def fail(*_: object) -> Never:
+        raise MemoryError("out of memory")
+
+    step = SimpleNamespace(bucket_tokens=32, read=fail)
+    dispatch = fail if failing == "dispatch" else lambda *_: step
+    engine.add(Request(request_id="first", prompt_token_ids=prompt, params=params))
+    with mock.patch.object(engine.runner, "dispatch", dispatch), pytest.raises(MemoryError):
+        drain(engine)
+    engine.abort("first")
+    engine.check_integrity()
+    engine.add(Request(request_id="second", prompt_token_ids=prompt, params=params))
+    outputs = drain(engine)
+    engine.check_integrity()
+    assert [token for output in outputs for token in output.token_ids] == alone(prompt, 4, (None,))
+    assert outputs[0].cached_tokens == 0
 
 
 def test_siblings_share_the_prompt_until_they_write() -> None:
