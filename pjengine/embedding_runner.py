@@ -111,8 +111,6 @@ class EmbeddingRunner:
         progress: bool = True,
     ):
         for_few = getattr(module, "params_for_few", lambda *_: None)(params, model_config, backend)
-        if for_few is not None:
-            logger.info("batches of %d tokens: all layers in one launch", FEW_TOKENS)
         # A call also takes the time to hand over each array, so the smallest batches bring no more than they need.
         self._params = {b: params if for_few is None or b.tokens != FEW_TOKENS else for_few for b in buckets}
         self._token_types = token_types

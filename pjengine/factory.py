@@ -30,13 +30,15 @@ from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget
 from pjengine.model_runner import ModelRunner
 from pjengine.models.decoder import DecoderConfig
+from pjengine.models.encoder import EncoderConfig
 from pjengine.models.heads import Head
 from pjengine.models.loading import choose_dtype, load_source, model_of, weight_specs
 from pjengine.models.params import is_spec
+from pjengine.models.rope import Rope
 from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
-from pjengine.pallas_kernels import describe_backends
-from pjengine.pallas_kernels.specs import GatedSpec
+from pjengine.pallas_kernels import describe_backends, describe_embedder_backends
+from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, RotationSpec
 from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
 from pjengine.step_programs import RunnerShape, StepPrograms, cpu_buckets, gpu_buckets
@@ -239,6 +241,7 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
     largest = embedding_tokens(config, window, gpu=gpu)
     # Segments tell a pair's texts apart; a single text has one, so embeddings are computed without.
     token_types = getattr(model.config, "type_vocab_size", 0) if head.task == "classify" else 0
+    backends = _embedder_backends(config, model)
     runner = EmbeddingRunner(
         model.module,
         model.config,
@@ -263,6 +266,7 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
         token_types=token_types if token_types > 1 else 0,
         dtype=model.dtype.name,
         device=jax.devices()[0].device_kind,
+        backends=backends,
     )
     return EmbeddingEngine(info, runner, max_waiting=config.max_waiting, max_wait=config.max_wait_ms / 1e3)
 
@@ -280,6 +284,27 @@ def _check_backends(
         window=specs[0].window,
         gated=_gated(model),
     )
+    return _logged(rows)
+
+
+def _embedder_backends(config: EngineConfig, model: _Model) -> tuple[tuple[str, str, str], ...]:
+    shape, dtype = model.config, model.dtype.name
+    specs = model.module.cache_specs(shape)  # a decoder's; encoders have none
+    kv_heads, head_dim = shape.num_heads, shape.hidden_size // shape.num_heads
+    if specs:
+        kv_heads, head_dim = specs[0].kv_heads, specs[0].head_dim
+    rotates = any(isinstance(getattr(shape, field.name), Rope) for field in dataclasses.fields(shape))
+    rows = describe_embedder_backends(
+        AttentionSpec(shape.num_heads, kv_heads, head_dim, dtype, dtype, causal=bool(specs)),
+        backend=config.attention_backend,
+        rotation=RotationSpec(shape.num_heads, kv_heads, head_dim, dtype) if rotates else None,
+        gated=_gated(model),
+        stack=shape.stack_spec(dtype) if isinstance(shape, EncoderConfig) else None,
+    )
+    return _logged(rows)
+
+
+def _logged(rows: list[tuple[str, str, str]]) -> tuple[tuple[str, str, str], ...]:
     for op, backend, why in rows:
         logger.info("%s: %s%s", op, backend, f" ({why})" if why else "")
     return tuple(rows)

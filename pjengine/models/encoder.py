@@ -45,6 +45,12 @@ class EncoderConfig:
     position_offset: int = 0
     relative_buckets: int = 0
 
+    def stack_spec(self, dtype: str) -> EncoderStackSpec | None:
+        """What `encoder_stack` would have to serve; None: it knows no biases by relative position."""
+        if self.relative_buckets:
+            return None
+        return EncoderStackSpec(self.hidden_size, self.num_heads, self.mlp_size, dtype)
+
     @classmethod
     def read(cls, hf: HFConfig, *, position_offset: int = 0) -> Self:
         """What BERT and RoBERTa spell alike in config.json; a model adds its position_offset."""
@@ -120,8 +126,8 @@ def cache_specs(config: EncoderConfig) -> tuple[CacheSpec, ...]:
 
 def params_for_few(params: dict[str, Any], config: EncoderConfig, backend: str) -> dict[str, Any] | None:
     """The weights for the smallest batches, where one launch serves all layers: those of the layers a second time."""
-    spec = EncoderStackSpec(config.hidden_size, config.num_heads, config.mlp_size, params["embed"].dtype.name)
-    if config.relative_buckets or not serves_encoder_stack(spec, backend):
+    spec = config.stack_spec(params["embed"].dtype.name)
+    if spec is None or not serves_encoder_stack(spec, backend):
         return None
     others = {name: value for name, value in params.items() if name != "layers"}
     return {**others, "packed": pack_layers(params["layers"], config.num_heads)}

@@ -1,6 +1,6 @@
 """Attention and KV-cache ops over one ragged batch, and an MLP's first half: public functions, references, kernels."""
 
-from pjengine.pallas_kernels.describe import describe_backends
+from pjengine.pallas_kernels.describe import describe_backends, describe_embedder_backends
 from pjengine.pallas_kernels.encoder_stack.api import encoder_stack, serves_encoder_stack
 from pjengine.pallas_kernels.encoder_stack.packing import pack_layers
 from pjengine.pallas_kernels.gated_mlp.api import gated_product, serves_gated_product
@@ -14,6 +14,7 @@ from pjengine.pallas_kernels.row_norm.api import layer_norm, rms_norm
 __all__ = [
     "apply_rope",
     "describe_backends",
+    "describe_embedder_backends",
     "encoder_stack",
     "gated_product",
     "layer_norm",

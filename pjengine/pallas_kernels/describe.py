@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pjengine.pallas_kernels.backends import Backend, Target, choose, current_target
+from pjengine.pallas_kernels.encoder_stack import api as encoder_stack
 from pjengine.pallas_kernels.gated_mlp import api as gated_mlp
 from pjengine.pallas_kernels.kv_write import api as kv_write
 from pjengine.pallas_kernels.packed import api as packed
 from pjengine.pallas_kernels.paged import api as paged
 from pjengine.pallas_kernels.qkv_rotation import api as qkv_rotation
-from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, KVWriteSpec, RotationSpec
+from pjengine.pallas_kernels.specs import AttentionSpec, EncoderStackSpec, GatedSpec, KVWriteSpec, RotationSpec
 
 
 def describe_backends(
@@ -34,27 +35,56 @@ def describe_backends(
       gated: the model's MLP where it is one that `gated_product` is for.
     Returns: (op, backend, reasons why the backends before it refuse) per op; backend "none" where all refuse.
     """
-    kv_dtype = kv_dtype or dtype
+    kv_dtype, target = kv_dtype or dtype, target or current_target()
     attention = AttentionSpec(heads, kv_heads, head_dim, dtype, kv_dtype, page_size, window=window)
-    ops: list[tuple[str, Sequence[Backend], Any]] = [
-        ("paged_attention (decode)", paged.BACKENDS, dataclasses.replace(attention, decode=True)),
-        ("paged_attention (mixed)", paged.BACKENDS, attention),
-        (
-            "packed_attention",
-            packed.BACKENDS,
-            AttentionSpec(heads, kv_heads, head_dim, dtype, dtype, causal=False),
-        ),
-        ("rope_qkv", qkv_rotation.BACKENDS, RotationSpec(heads, kv_heads, head_dim, dtype)),
-        ("rope_write_kv", kv_write.BACKENDS, KVWriteSpec(heads, kv_heads, head_dim, dtype, kv_dtype, page_size)),
+    packed_spec = AttentionSpec(heads, kv_heads, head_dim, dtype, dtype, causal=False)
+    write = KVWriteSpec(heads, kv_heads, head_dim, dtype, kv_dtype, page_size)
+    decode = dataclasses.replace(attention, decode=True)
+    rows = [
+        _row("paged_attention (decode)", backend, paged.BACKENDS, decode, target),
+        _row("paged_attention (mixed)", backend, paged.BACKENDS, attention, target),
+        _row("packed_attention", backend, packed.BACKENDS, packed_spec, target),
+        _rotation_row(RotationSpec(heads, kv_heads, head_dim, dtype), backend, target),
+        _row("rope_write_kv", kv_write.writer(backend), kv_write.BACKENDS, write, target),
     ]
-    beside = {"rope_qkv": qkv_rotation.rotator(backend), "rope_write_kv": kv_write.writer(backend)}
-    rows = []
-    for op, backends, spec in ops:
-        chosen, refusals = choose(beside.get(op, backend), backends, spec, target or current_target())
-        rows.append((op, chosen.name if chosen else "none", "; ".join(f"{n}: {r}" for n, r in refusals)))
+    return rows if gated is None else [*rows, _gated_row(gated, backend, target)]
+
+
+def describe_embedder_backends(
+    attention: AttentionSpec,
+    *,
+    backend: str = "auto",
+    rotation: RotationSpec | None = None,
+    gated: GatedSpec | None = None,
+    stack: EncoderStackSpec | None = None,
+    target: Target | None = None,
+) -> list[tuple[str, str, str]]:
+    """As `describe_backends`, for a model that computes whole texts and keeps no pages.
+
+    Args:
+      attention: of its `packed_attention`; rotation: of its `rope_qkv`; gated: of its `gated_product`; stack: what
+        `encoder_stack` would have to serve. None: it has none.
+    """
+    target = target or current_target()
+    rows = [_row("packed_attention", backend, packed.BACKENDS, attention, target)]
+    if rotation is not None:
+        rows.append(_rotation_row(rotation, backend, target))
     if gated is not None:
-        rows.append(_gated_row(gated, backend, target or current_target()))
+        rows.append(_gated_row(gated, backend, target))
+    if stack is not None and backend in ("auto", "mosaic") and target.compute_capability is not None:
+        why = encoder_stack.mosaic_refusal(stack, target)
+        op = f"encoder_stack (up to {encoder_stack.TOKENS} tokens)"
+        rows.append((op, "none" if why else "mosaic", f"mosaic: {why}" if why else ""))
     return rows
+
+
+def _row(op: str, backend: str, backends: Sequence[Backend], spec: Any, target: Target) -> tuple[str, str, str]:
+    chosen, refusals = choose(backend, backends, spec, target)
+    return op, chosen.name if chosen else "none", "; ".join(f"{name}: {why}" for name, why in refusals)
+
+
+def _rotation_row(spec: RotationSpec, backend: str, target: Target) -> tuple[str, str, str]:
+    return _row("rope_qkv", qkv_rotation.rotator(backend), qkv_rotation.BACKENDS, spec, target)
 
 
 def _gated_row(spec: GatedSpec, backend: str, target: Target) -> tuple[str, str, str]:

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 
+from pjengine.config import EngineConfig
 from pjengine.errors import ConfigError, KernelUnavailable
 from pjengine.executables import ExecutableStore
-from pjengine.pallas_kernels import describe_backends
+from pjengine.factory import make_engine
+from pjengine.pallas_kernels import describe_backends, describe_embedder_backends
 from pjengine.pallas_kernels.backends import Backend, Target, accept, current_target, select
-from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec
+from pjengine.pallas_kernels.specs import AttentionSpec, EncoderStackSpec, GatedSpec, RotationSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
+from tests.helpers import GOLDEN
 
 CPU, HOPPER, AMPERE = Target("cpu"), Target("gpu", 90, 132), Target("gpu", 80, 108)
 SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=64, page_size=16)
+BGE_LARGE = EncoderStackSpec(hidden=1024, heads=16, mlp=4096, dtype="bfloat16")
 
 
 def needs_hopper(spec: AttentionSpec, target: Target) -> str | None:
@@ -98,6 +102,57 @@ def test_describe_gated_product(spec: GatedSpec, target: Target, backend: str, s
     op, chosen, why = rows[-1]
     assert (op, chosen) == ("gated_product (from 1024 tokens)", served)
     assert reason in why if reason else why == ""
+
+
+@pytest.mark.parametrize(
+    ("stack", "backend", "target", "expected"),
+    [
+        (BGE_LARGE, "auto", HOPPER, [("packed_attention", "mosaic"), ("encoder_stack (up to 16 tokens)", "mosaic")]),
+        (BGE_LARGE, "reference", HOPPER, [("packed_attention", "reference")]),
+        (BGE_LARGE, "auto", CPU, [("packed_attention", "reference")]),
+        (None, "auto", HOPPER, [("packed_attention", "mosaic")]),
+    ],
+)
+def test_describe_an_embedder(
+    stack: EncoderStackSpec | None, backend: str, target: Target, expected: list[tuple[str, str]]
+) -> None:
+    attention = AttentionSpec(16, 16, 64, causal=False)
+    rows = describe_embedder_backends(attention, backend=backend, stack=stack, target=target)
+    assert [(op, chosen) for op, chosen, _ in rows] == expected
+
+
+def test_an_embedder_that_rotates_or_is_refused() -> None:
+    narrow = dataclasses.replace(BGE_LARGE, mlp=2048)
+    rows = describe_embedder_backends(
+        AttentionSpec(16, 8, 128),
+        rotation=RotationSpec(16, 8, 128),
+        gated=GatedSpec(1024, 3072),
+        stack=narrow,
+        target=HOPPER,
+    )
+    assert [row[:2] for row in rows[:3]] == [
+        ("packed_attention", "mosaic"),
+        ("rope_qkv", "mosaic"),
+        ("gated_product (from 1024 tokens)", "mosaic"),
+    ]
+    assert rows[3][1] == "none"
+    assert "four times as wide as hidden, got 2048" in rows[3][2]
+
+
+@pytest.mark.parametrize(
+    ("model", "ops"),
+    [
+        ("bert", ["packed_attention"]),
+        ("modernbert", ["packed_attention", "rope_qkv"]),
+        ("qwen3-embedding", ["packed_attention", "rope_qkv", "gated_product (from 1024 tokens)"]),
+    ],
+)
+def test_embedding_engines_say_what_serves_them(model: str, ops: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig.make(str(GOLDEN / model), task="embed", max_num_batched_tokens=64, max_model_len=64)
+    with caplog.at_level(logging.INFO):
+        engine = make_engine(config, progress=False)
+    assert [(op, backend) for op, backend, _ in engine.info.backends] == [(op, "reference") for op in ops]
+    assert set(f"{op}: reference" for op in ops) <= {record.getMessage() for record in caplog.records}
 
 
 @pytest.fixture
