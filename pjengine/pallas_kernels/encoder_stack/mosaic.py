@@ -140,7 +140,11 @@ def _start(block: Block, layer: Int32) -> None:
 
 
 def _layer(block: Block, layer: Int32) -> None:
-    """One layer of x in shared memory. What a fetched chunk replaces in the ring has been read by all warps."""
+    """One layer of x in shared memory.
+
+    It begins with its chunks below AHEAD on their way and fetches 5 to 16, from 12 on the next layer's, each into a
+    slot whose chunk, at least ten before, all warps have read by then.
+    """
     hidden, first = block.shape.hidden, block.index * COLUMNS
 
     def store_qkv(row: Int32, column: Int32, low: Any, high: Any) -> None:
