@@ -18,8 +18,13 @@ def lowered_for_hopper(
     function: Callable[..., Any], *shapes: tuple[tuple[int, ...], str], **jit_options: Any
 ) -> jax.stages.Lowered:
     """As `lower_for_hopper`, before it is text."""
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    with on_hopper():
+        return jax.jit(function, **jit_options).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def on_hopper() -> Any:
+    """A context in which what is traced is traced for an H200."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function, **jit_options).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return jax.sharding.use_abstract_mesh(mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 
 from pjengine.models import encoder
 from pjengine.models.encoder import EncoderConfig
+from pjengine.models.params import is_spec
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.encoder_stack.api import mosaic_refusal
 from pjengine.pallas_kernels.encoder_stack.packing import pack_layers
 from pjengine.pallas_kernels.specs import EncoderStackSpec
 from tests.gpu.encoder_layers import random_layers
+from tests.kernels.hopper import on_hopper
 
 HIDDEN, HEADS = 512, 8
 HEAD_DIM = HIDDEN // HEADS
@@ -85,16 +88,33 @@ def test_refusals(changes: dict[str, int | str], target: Target, why: str) -> No
     assert why in refusal
 
 
-def test_a_cpu_keeps_the_weights_once() -> None:
-    config = EncoderConfig(
-        vocab_size=10,
-        hidden_size=HIDDEN,
-        num_layers=1,
-        max_position_embeddings=16,
-        num_heads=HEADS,
-        mlp_size=4 * HIDDEN,
-        type_vocab_size=0,
-        layer_norm_eps=1e-12,
+CONFIG = EncoderConfig(
+    vocab_size=10,
+    hidden_size=HIDDEN,
+    num_layers=2,
+    max_position_embeddings=16,
+    num_heads=HEADS,
+    mlp_size=4 * HIDDEN,
+    type_vocab_size=0,
+    layer_norm_eps=1e-12,
+)
+
+
+def params_for_few(config: EncoderConfig = CONFIG) -> Any:
+    """Shapes of what the smallest batches get, for shapes of the weights."""
+    specs = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, "bfloat16"), encoder.param_specs(config), is_leaf=is_spec
     )
-    params = {"embed": jax.numpy.zeros((10, HIDDEN), "bfloat16"), "layers": random_layers(1, HIDDEN)}
-    assert encoder.params_for_few(params, config, "auto") is None
+    return jax.eval_shape(lambda params: encoder.params_for_few(params, config, "auto"), specs)
+
+
+def test_an_h200_gets_the_weights_once_more() -> None:
+    with on_hopper():
+        found = params_for_few()
+        assert params_for_few(dataclasses.replace(CONFIG, relative_buckets=32)) is None
+    assert found["packed"].weights.shape == (2, HIDDEN // 8, 12, 8 * HIDDEN)
+    assert set(found) == {"embed", "position_embed", "embed_norm", "embed_norm_bias", "packed"}
+
+
+def test_a_cpu_keeps_the_weights_once() -> None:
+    assert params_for_few() is None
