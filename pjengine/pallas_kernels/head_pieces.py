@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pjengine.pallas_kernels.head_sizes import PIECE, VECTOR
-from pjengine.pallas_kernels.registers import Int32, far_pointer, pointer
+from pjengine.pallas_kernels.registers import Int32, far_pointer, float32, over_lanes, pointer
 
 Piece = list[Any]  # two vectors
 
@@ -69,13 +67,8 @@ def normalised(piece: Piece, weights: Piece, head_dim: int, eps: float) -> Piece
     while len(parts) > 1:
         parts = [arith.addf(x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
     (total,) = parts
-    distance = 1
-    while distance < head_dim // PIECE:
-        total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
-        distance *= 2
-    f32 = ir.F32Type.get()
-    mean = arith.mulf(total, mgpu.c(1.0 / head_dim, f32))
-    inverse = vector.broadcast(_wide(), mlir_math.rsqrt(arith.addf(mean, mgpu.c(eps, f32))))
+    mean = arith.mulf(over_lanes(total, arith.addf, head_dim // PIECE), float32(1.0 / head_dim))
+    inverse = vector.broadcast(_wide(), mlir_math.rsqrt(arith.addf(mean, float32(eps))))
     return [arith.mulf(arith.mulf(half, inverse), w) for half, w in zip(piece, widened(weights), strict=True)]
 
 

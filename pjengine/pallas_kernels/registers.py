@@ -7,6 +7,7 @@ known by its row group (lane // 4, 0 to 7) and its column pair (lane % 4, 0 to 3
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -59,6 +60,27 @@ class Int32:
 
 def int32(value: int) -> Int32:
     return Int32(mgpu.c(value, ir.IntegerType.get_signless(32)))
+
+
+def float32(value: float) -> Any:
+    return mgpu.c(value, ir.F32Type.get())
+
+
+def approximate(function: str, x: Any) -> Any:
+    """The hardware's ex2, rcp or rsqrt of a float32: 2 ulp, subnormals are 0."""
+    return llvm.inline_asm(ir.F32Type.get(), [x], f"{function}.approx.ftz.f32 $0, $1;", "=f,f", has_side_effects=False)
+
+
+def over_lanes(value: Any, combine: Callable[[Any, Any], Any], lanes: int) -> Any:
+    """A float32 of each of `lanes` (a power of two) neighbouring lanes, combined; the same in all of them.
+
+    All of the warp must call it.
+    """
+    distance = 1
+    while distance < lanes:
+        value = combine(value, mgpu_utils.shfl_bfly(value, distance))
+        distance *= 2
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

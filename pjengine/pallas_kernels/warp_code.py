@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
-from pjengine.pallas_kernels.registers import Int32, int32, pointer, words
+from pjengine.pallas_kernels.registers import Int32, float32, int32, pointer, words
 
 Sums = list[Any]  # four float32 of a lane: row g at 2c and 2c + 1, row g + 8 at 2c and 2c + 1
 
 
 def no_sums() -> Sums:
-    return [mgpu.c(0.0, ir.F32Type.get())] * 4
+    return [float32(0.0)] * 4
 
 
 def multiply(sums: Sums, left: list[Any], right: list[Any]) -> Sums:

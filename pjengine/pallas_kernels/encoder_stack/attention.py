@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir.dialects import arith, llvm
 
 from pjengine.pallas_kernels.encoder_stack.block import Block, Left, left_operands, load_row
-from pjengine.pallas_kernels.encoder_stack.pointwise import approximate, constant
 from pjengine.pallas_kernels.mosaic_common import LOG2E, MASKED
-from pjengine.pallas_kernels.registers import Int32, interleave_halves, pointer, words
+from pjengine.pallas_kernels.registers import Int32, approximate, float32, interleave_halves, over_lanes, pointer, words
 from pjengine.pallas_kernels.warp_code import multiply, no_sums, to_bfloat16_pair
 
 
@@ -32,7 +29,7 @@ def attention(block: Block) -> Left:
             scores[half] = multiply(scores[half], left, keys[half][2 * step : 2 * step + 2])
 
     segments = [_segment(block, row) for row in seen]
-    factor, masked = constant(LOG2E * head_dim**-0.5), constant(MASKED)
+    factor, masked = float32(LOG2E * head_dim**-0.5), float32(MASKED)
     weights, inverses = [], []
     for r, row in enumerate(rows):
         own = _segment(block, row)
@@ -40,9 +37,9 @@ def attention(block: Block) -> Left:
             arith.select(own.equals(other), arith.mulf(scores[i // 2][2 * r + i % 2], factor), masked)
             for i, other in enumerate(segments)
         ]
-        top = _over_pairs(functools.reduce(arith.maximumf, masked_scores), arith.maximumf)
+        top = over_lanes(functools.reduce(arith.maximumf, masked_scores), arith.maximumf, 4)
         mine = [approximate("ex2", arith.subf(score, top)) for score in masked_scores]
-        inverses.append(approximate("rcp", _over_pairs(functools.reduce(arith.addf, mine), arith.addf)))
+        inverses.append(approximate("rcp", over_lanes(functools.reduce(arith.addf, mine), arith.addf, 4)))
         weights.append([to_bfloat16_pair(mine[i], mine[i + 1]) for i in (0, 2)])
     left = [weights[0][0], weights[1][0], weights[0][1], weights[1][1]]
 
@@ -70,10 +67,3 @@ def _load(block: Block, part: int, row: Int32, nbytes: int, lane: Int32) -> list
 def _segment(block: Block, token: Int32) -> Int32:
     """Which text a token is of."""
     return Int32(llvm.load(words(1), pointer(block["small"], token * 4 + block.shape.segments_at)))
-
-
-def _over_pairs(value: Any, operation: Callable[[Any, Any], Any]) -> Any:
-    """Of the four lanes that share a row."""
-    for distance in (1, 2):
-        value = operation(value, mgpu_utils.shfl_bfly(value, distance))
-    return value

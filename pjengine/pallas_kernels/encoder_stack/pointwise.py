@@ -6,15 +6,13 @@ import functools
 import math
 from typing import Any
 
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pjengine.pallas_kernels.encoder_stack.api import TOKENS
 from pjengine.pallas_kernels.encoder_stack.block import Block, load_row
 from pjengine.pallas_kernels.mosaic_common import LOG2E
-from pjengine.pallas_kernels.registers import Int32, int32, load_words, pointer, words
+from pjengine.pallas_kernels.registers import Int32, approximate, float32, int32, load_words, over_lanes, pointer, words
 from pjengine.pallas_kernels.warp_code import block_barrier, from_bfloat16_pair, to_bfloat16_pair
 
 
@@ -41,7 +39,7 @@ def norm(block: Block, weights: list[list[Any]]) -> None:
             mean = _mean(values, shape.hidden)
             values = [arith.subf(value, mean) for value in values]
             variance = _mean([arith.mulf(value, value) for value in values], shape.hidden)
-            inverse = approximate("rsqrt", arith.addf(variance, constant(shape.eps)))
+            inverse = approximate("rsqrt", arith.addf(variance, float32(shape.eps)))
             results = [
                 arith.addf(arith.mulf(arith.mulf(value, inverse), w), b)
                 for value, w, b in zip(values, weight, bias, strict=True)
@@ -58,25 +56,15 @@ def norm(block: Block, weights: list[list[Any]]) -> None:
 
 def gelu(x: Any) -> Any:
     """x * Phi(x) (arXiv:1606.08415), with erfc by Abramowitz and Stegun's 7.1.26, whose error is 1.5e-7."""
-    size = arith.mulf(arith.maximumf(x, arith.negf(x)), constant(math.sqrt(0.5)))
-    t = approximate("rcp", arith.addf(arith.mulf(size, constant(0.3275911)), constant(1.0)))
-    series = constant(1.061405429)
+    size = arith.mulf(arith.maximumf(x, arith.negf(x)), float32(math.sqrt(0.5)))
+    t = approximate("rcp", arith.addf(arith.mulf(size, float32(0.3275911)), float32(1.0)))
+    series = float32(1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        series = arith.addf(arith.mulf(series, t), constant(coefficient))
-    bell = approximate("ex2", arith.mulf(arith.mulf(size, size), constant(-LOG2E)))
-    tail = arith.mulf(arith.mulf(arith.mulf(series, t), bell), constant(0.5))
-    positive = arith.cmpf(arith.CmpFPredicate.OGE, x, constant(0.0))
-    return arith.mulf(x, arith.select(positive, arith.subf(constant(1.0), tail), tail))
-
-
-def approximate(function: str, x: Any) -> Any:
-    """The hardware's ex2, rcp or rsqrt of a float32: 2 ulp, subnormals are 0."""
-    return llvm.inline_asm(ir.F32Type.get(), [x], f"{function}.approx.ftz.f32 $0, $1;", "=f,f", has_side_effects=False)
-
-
-def constant(value: float) -> Any:
-    """A float32."""
-    return mgpu.c(value, ir.F32Type.get())
+        series = arith.addf(arith.mulf(series, t), float32(coefficient))
+    bell = approximate("ex2", arith.mulf(arith.mulf(size, size), float32(-LOG2E)))
+    tail = arith.mulf(arith.mulf(arith.mulf(series, t), bell), float32(0.5))
+    positive = arith.cmpf(arith.CmpFPredicate.OGE, x, float32(0.0))
+    return arith.mulf(x, arith.select(positive, arith.subf(float32(1.0), tail), tail))
 
 
 def _row_places(block: Block) -> tuple[int, list[Int32]]:
@@ -91,7 +79,5 @@ def _floats(pairs: list[Any]) -> list[Any]:
 
 def _mean(values: list[Any], count: int) -> Any:
     """Of all values that the lanes of a warp hold."""
-    total = functools.reduce(arith.addf, values)
-    for distance in (1, 2, 4, 8, 16):
-        total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
-    return arith.mulf(total, constant(1.0 / count))
+    total = over_lanes(functools.reduce(arith.addf, values), arith.addf, 32)
+    return arith.mulf(total, float32(1.0 / count))

@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from pjengine.pallas_kernels.mosaic_common import LOG2E, tile_transforms
-from pjengine.pallas_kernels.registers import int32
+from pjengine.pallas_kernels.registers import approximate, float32, int32
 
 SWIZZLE = 128
 TILE = 64  # rows and columns of the weights' tiles: 128 bytes
@@ -88,16 +88,7 @@ def _swiglu_pair(gate: Any, up: Any) -> Any:
     for i in range(ir.VectorType(gate.type).shape[0]):
         place = int32(i).value
         g, u = llvm.extractelement(gate, place), llvm.extractelement(up, place)
-        denominator = arith.addf(_approximate("ex2", arith.mulf(g, _constant(-LOG2E))), _constant(1.0))
-        value = arith.mulf(arith.mulf(g, u), _approximate("rcp", denominator))
+        denominator = arith.addf(approximate("ex2", arith.mulf(g, float32(-LOG2E))), float32(1.0))
+        value = arith.mulf(arith.mulf(g, u), approximate("rcp", denominator))
         result = llvm.insertelement(result, value, place)
     return result
-
-
-def _constant(value: float) -> Any:
-    return mgpu.c(value, ir.F32Type.get())
-
-
-def _approximate(function: str, x: Any) -> Any:
-    """The hardware's ex2 or rcp of a float32: 2 ulp, subnormals are 0."""
-    return llvm.inline_asm(ir.F32Type.get(), [x], f"{function}.approx.ftz.f32 $0, $1;", "=f,f", has_side_effects=False)

@@ -9,14 +9,13 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pjengine.pallas_kernels.mosaic_common import launch
-from pjengine.pallas_kernels.registers import Int32, far_pointer, pointer, this_thread
+from pjengine.pallas_kernels.registers import Int32, far_pointer, float32, over_lanes, pointer, this_thread
 from pjengine.pallas_kernels.row_norm.api import LANES, VECTOR
 from pjengine.pallas_kernels.specs import RowNormSpec
 
@@ -61,7 +60,7 @@ def _kernel(*refs: Any, spec: RowNormSpec, tokens: int, rows: int) -> None:
             if spec.centred:
                 mean = _splat(_mean(wide, spec.hidden))
                 wide = [arith.subf(value, mean) for value in wide]
-            squares = arith.addf(_mean([arith.mulf(v, v) for v in wide], spec.hidden), _constant(spec.eps))
+            squares = arith.addf(_mean([arith.mulf(v, v) for v in wide], spec.hidden), float32(spec.eps))
             inverse = _splat(mlir_math.rsqrt(squares))
             results = [arith.mulf(arith.mulf(v, inverse), _wide(w)) for v, w in zip(wide, weight, strict=True)]
             for offsets in bias:
@@ -77,9 +76,7 @@ def _mean(vectors: list[Any], hidden: int) -> Any:
     """Of all elements that the lanes of a warp hold; the same in each lane. All of the warp must call it."""
     sums = functools.reduce(arith.addf, vectors)
     total = vector.reduction(ir.F32Type.get(), vector.CombiningKind.ADD, sums)
-    for distance in (1, 2, 4, 8, 16):
-        total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
-    return arith.mulf(total, _constant(1.0 / hidden))
+    return arith.mulf(over_lanes(total, arith.addf, LANES), float32(1.0 / hidden))
 
 
 def _wide(value: Any) -> Any:
@@ -88,7 +85,3 @@ def _wide(value: Any) -> Any:
 
 def _splat(value: Any) -> Any:
     return vector.broadcast(ir.VectorType.get((VECTOR,), ir.F32Type.get()), value)
-
-
-def _constant(value: float) -> Any:
-    return mgpu.c(value, ir.F32Type.get())
