@@ -25,11 +25,14 @@ def total_memory() -> int | None:
 class DeviceCopies:
     """Copies of small arrays from a GPU to the host.
 
-    JAX's way to the host passes through threads of its runtime, which costs 0.2 ms from the end of a program: a third
-    of what the device needs for a short query.
+    JAX's way to the host passes through threads of its runtime, which costs 0.2 ms from the end of a program
+    (docs/decisions.md).
 
     Args:
       ordinal: of the GPU among those visible; JAX must have made its context, CUDA's primary one.
+    Raises:
+      OSError: there is no CUDA driver.
+      RuntimeError: a call of it failed, as in `to_host`; the message has its name and CUDA's number of the error.
     """
 
     def __init__(self, ordinal: int):
@@ -42,7 +45,10 @@ class DeviceCopies:
             self._check("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
 
     def to_host(self, array: Any) -> np.ndarray:
-        """A jax.Array on this GPU, once the program that computes it is done; that program's error, if it failed."""
+        """The elements of a jax.Array that is on this GPU alone, in its shape and dtype.
+
+        Waits for the program that computes it, and raises that program's error if it failed.
+        """
         array.block_until_ready()
         host = np.empty(array.shape, array.dtype)
         source = ctypes.c_uint64(array.unsafe_buffer_pointer())

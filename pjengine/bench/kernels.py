@@ -5,9 +5,9 @@ counted once. Prefill and packed attention are bound by the tensor cores: theirs
 several times inside one jitted function, as often as a model has layers, each result feeding the next call, over
 caches that exceed the L2, and functions follow one another for so long that the host's first launch counts for
 nothing. That heats the card to its power limit, which the GEMM rate, ten products after a pause, does not meet: rows
-bound by the tensor cores also say what they reach as long as the card is cool. Calls of a few microseconds, which the
-device runs faster than the host launches them, are timed on the device:
-from the first kernel's start to the last one's end in a profile.
+bound by the tensor cores also say what they reach as long as the card is cool, if they are long enough. Calls of a few
+microseconds, which the device runs faster than the host launches them, are timed on the device: from the first kernel's
+start to the last one's end in a profile.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REPEATS = 9
 LAUNCHES = 3  # of the function, at least, and so many that they take SUSTAINED seconds
 SUSTAINED = 40e-3
 PAUSE = 1.0  # seconds in which the card cools
-COOL = 15e-3  # seconds of launches after it: ten products of the GEMM rate
+COOL = 15e-3  # seconds of a launch after it, at least: ten products of the GEMM rate
 HOST_BOUND = 30e-6  # seconds of a call; shorter ones are timed on the device
 
 
@@ -51,11 +51,15 @@ class Timer:
         """Seconds of one call of the op, sustained."""
         return _seconds(self.function, *self.arguments)
 
-    def cool(self) -> float:
-        """Seconds of one call as the GEMM rate is taken: after a pause and one launch, in launches as long as its."""
+    def cool(self) -> float | None:
+        """Seconds of one call as the GEMM rate is taken: in a launch after a pause and another launch.
+
+        None where a launch is shorter than COOL: what the host takes to begin would count.
+        """
         time.sleep(PAUSE)
-        first = _launch(self.function, self.arguments, 1)
-        return _launch(self.function, self.arguments, math.ceil(COOL / first)) / CALLS
+        if _launch(self.function, self.arguments, 1) < COOL:
+            return None
+        return _launch(self.function, self.arguments, 1) / CALLS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +116,8 @@ def main(json_path: str | None) -> list[dict[str, Any]]:
     """Runs everything, prints a table, and writes it to json_path where given.
 
     Returns: a row per case: op, case, microseconds, rate, unit, ratio (to the unit's ceiling), cool (the rate after a
-      pause; None where the memory is the bound), cudnn (our rate over that of `jax.nn.dot_product_attention`'s cuDNN
-      path; None where cuDNN cannot do the work).
+      pause; None where the memory is the bound or the calls are short), cudnn (our rate over that of
+      `jax.nn.dot_product_attention`'s cuDNN path; None where cuDNN cannot do the work).
     Raises:
       KernelUnavailable: there is no GPU.
       ConfigError: json_path cannot be written.

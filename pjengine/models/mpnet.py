@@ -7,12 +7,12 @@ from typing import Any, Self
 
 from pjengine.errors import ModelError
 from pjengine.models import encoder
-from pjengine.models.encoder import BERT_NAMES, EncoderConfig, cache_specs, forward, params_for_few
+from pjengine.models.encoder import BERT_NAMES, EncoderConfig, cache_specs, forward
 from pjengine.models.hf_config import HFConfig, required
 from pjengine.models.params import ParamSpec
 from pjengine.models.roberta import classifier
 
-__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs", "params_for_few"]
+__all__ = ["Config", "cache_specs", "classifier", "forward", "param_specs"]
 
 _NAMES = dataclasses.replace(
     BERT_NAMES,

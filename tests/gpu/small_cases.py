@@ -20,7 +20,7 @@ from pjengine.pallas_kernels import (
     paged_attention,
     rope_write_kv_qkv,
 )
-from tests.gpu.encoder_layers import random_layers, random_rows
+from tests.kernels.encoder_layers import random_layers, random_rows
 from tests.kernels.ragged_cases import paged_case
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 16
@@ -75,9 +75,13 @@ CASES: dict[str, Callable[[], jax.Array]] = {
 
 
 def main(names: list[str]) -> None:
+    if unknown := sorted(set(names) - set(CASES)):
+        raise SystemExit(f"small_cases: no case is called {', '.join(unknown)}; there are {', '.join(CASES)}")
     for name in names or list(CASES):
-        result = CASES[name]().astype(jnp.float32)
-        print(f"{name}: {result.shape}, finite: {bool(np.isfinite(np.asarray(result)).all())}")
+        result = np.asarray(CASES[name]().astype(jnp.float32))
+        if not np.isfinite(result).all():
+            raise SystemExit(f"small_cases: {name}: not all results are finite")
+        print(f"{name}: {result.shape}, finite")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from pjengine.models import encoder
 from pjengine.models.encoder import EncoderConfig
 from pjengine.step_inputs import StepInputs
-from tests.gpu.encoder_layers import random_layers, random_rows
+from tests.kernels.encoder_layers import random_layers, random_rows
 from tests.kernels.ragged_cases import relative_error
 
 pytestmark = pytest.mark.gpu

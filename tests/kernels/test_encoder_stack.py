@@ -9,14 +9,16 @@ import jax
 import numpy as np
 import pytest
 
+from pjengine.errors import KernelUnavailable
 from pjengine.models import encoder
 from pjengine.models.encoder import EncoderConfig
 from pjengine.models.params import is_spec
+from pjengine.pallas_kernels import encoder_stack
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.encoder_stack.api import mosaic_refusal
 from pjengine.pallas_kernels.encoder_stack.packing import pack_layers
 from pjengine.pallas_kernels.specs import EncoderStackSpec
-from tests.gpu.encoder_layers import random_layers
+from tests.kernels.encoder_layers import random_layers, random_rows
 from tests.kernels.hopper import on_hopper
 
 HIDDEN, HEADS = 512, 8
@@ -79,13 +81,31 @@ def test_bge_and_minilm_are_served() -> None:
         ({"dtype": "float32"}, H200, "must be bfloat16, got float32"),
         ({"heads": 8}, H200, "head_dim must be 32 or 64, got 128"),
         ({"hidden": 640, "heads": 10, "mlp": 2560}, H200, "must be 8, 12 or 16, got 10"),
+        ({"hidden": 256, "heads": 8, "mlp": 1024}, H200, "others have not run on a GPU, got 256 and 8"),
         ({"mlp": 2048}, H200, "four times as wide as hidden, got 2048 for 1024"),
     ],
 )
-def test_refusals(changes: dict[str, int | str], target: Target, why: str) -> None:
-    refusal = mosaic_refusal(dataclasses.replace(BGE_LARGE, **changes), target)  # type: ignore[arg-type]
+def test_refusals(changes: dict[str, Any], target: Target, why: str) -> None:
+    refusal = mosaic_refusal(dataclasses.replace(BGE_LARGE, **changes), target)
     assert refusal is not None
     assert why in refusal
+
+
+def test_wrong_arguments_are_named() -> None:
+    layers = random_layers(1, HIDDEN)
+    packed, x, starts = pack_layers(layers, HEADS), random_rows(16, HIDDEN), jax.numpy.array([0, 3], "int32")
+    with pytest.raises(ValueError, match=r"x: expected bfloat16 \[16, 512\], got bfloat16 \[32, 512\]"):
+        encoder_stack(random_rows(32, HIDDEN), starts, packed, eps=1e-12)
+    with pytest.raises(ValueError, match=r"x: expected bfloat16 .*, got float32"):
+        encoder_stack(x.astype("float32"), starts, packed, eps=1e-12)
+    with pytest.raises(ValueError, match="query_starts: expected int32"):
+        encoder_stack(x, starts.astype("int16"), packed, eps=1e-12)
+    with pytest.raises(KernelUnavailable, match=r"encoder_stack: needs compute capability 9\.0"):
+        encoder_stack(x, starts, packed, eps=1e-12)
+    with pytest.raises(ValueError, match="heads: hidden / heads must be a multiple of 32, got 512 / 32"):
+        pack_layers(layers, 32)
+    with pytest.raises(ValueError, match=r"up: expected \[512, 2048\], got \[512, 1024\]"):
+        pack_layers([{**layers[0], "up": layers[0]["up"][:, :1024]}], HEADS)
 
 
 CONFIG = EncoderConfig(

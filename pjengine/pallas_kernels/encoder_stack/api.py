@@ -6,11 +6,13 @@ import importlib
 
 import jax
 
+from pjengine.errors import KernelUnavailable
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.encoder_stack.packing import COLUMNS, PackedLayers
 from pjengine.pallas_kernels.specs import EncoderStackSpec
 
 TOKENS = 16  # of a batch: the rows of a tile of the products
+SIZES = ((384, 12), (512, 8), (768, 12), (1024, 16))  # hidden and heads: those that have been compared on a GPU
 
 
 def encoder_stack(x: jax.Array, query_starts: jax.Array, packed: PackedLayers, *, eps: float) -> jax.Array:
@@ -24,7 +26,20 @@ def encoder_stack(x: jax.Array, query_starts: jax.Array, packed: PackedLayers, *
       packed: by `pack_layers`; a launch writes its counter and leaves it as it was, so one at a time may run.
       eps: of the norms.
     Returns: bfloat16 [16, hidden]; padding's rows are finite.
+    Raises:
+      ValueError: x or query_starts has another shape or dtype.
+      KernelUnavailable: such layers, or this device, are not served (`serves_encoder_stack`).
     """
+    hidden = packed.norms.shape[-1]
+    if x.shape != (TOKENS, hidden) or x.dtype != packed.weights.dtype:
+        expected = f"{packed.weights.dtype} [{TOKENS}, {hidden}]"
+        raise ValueError(f"x: expected {expected}, got {x.dtype} {list(x.shape)}")
+    if query_starts.ndim != 1 or query_starts.dtype != "int32":
+        raise ValueError(
+            f"query_starts: expected int32 [texts + 1], got {query_starts.dtype} {list(query_starts.shape)}"
+        )
+    if why := mosaic_refusal(EncoderStackSpec(hidden, packed.heads, 4 * hidden, x.dtype.name), current_target()):
+        raise KernelUnavailable(f"encoder_stack: {why}")
     mosaic = importlib.import_module("pjengine.pallas_kernels.encoder_stack.mosaic")
     out: jax.Array = mosaic.encoder_layers(x, query_starts, packed, eps=eps)
     return out
@@ -47,6 +62,9 @@ def mosaic_refusal(spec: EncoderStackSpec, target: Target) -> str | None:
         return f"heads, each a warp, must be 8, 12 or 16, got {spec.heads}"
     if spec.mlp != 4 * spec.hidden:
         return f"the MLP must be four times as wide as hidden, got {spec.mlp} for {spec.hidden}"
+    if (spec.hidden, spec.heads) not in SIZES:
+        known = ", ".join(f"{hidden} and {heads}" for hidden, heads in SIZES)
+        return f"hidden and heads must be {known}: others have not run on a GPU, got {spec.hidden} and {spec.heads}"
     blocks = spec.hidden // COLUMNS
     if target.cores is None or blocks > target.cores:
         return f"needs {blocks} streaming multiprocessors at once, got {target.cores}"

@@ -38,7 +38,21 @@ class PackedLayers:
 
 
 def pack_layers(layers: Sequence[dict[str, jax.Array]], heads: int) -> PackedLayers:
-    """Of layers with qkv [hidden, 3 * hidden], o, up, down ([in, out]), their biases, attn_norm and mlp_norm."""
+    """The layers' weights once more, as `encoder_stack` reads them; all of one dtype, which stays.
+
+    Args:
+      layers: of each qkv [hidden, 3 * hidden], o [hidden, hidden], up [hidden, 4 * hidden], down [4 * hidden, hidden];
+        qkv_bias, o_bias, up_bias and down_bias of their columns; attn_norm, attn_norm_bias, mlp_norm and mlp_norm_bias
+        [hidden].
+      heads: attention heads; hidden / heads is a multiple of 32.
+    Raises:
+      ValueError: the MLP is not four times as wide as hidden, or heads do not fit.
+    """
+    hidden, mlp = layers[0]["up"].shape
+    if mlp != 4 * hidden:
+        raise ValueError(f"layers: up: expected [{hidden}, {4 * hidden}], got [{hidden}, {mlp}]")
+    if hidden % (32 * heads):
+        raise ValueError(f"heads: hidden / heads must be a multiple of 32, got {hidden} / {heads}")
     packed = [_pack_layer(layer, heads) for layer in layers]
     weights, biases, norms = (jnp.stack(arrays) for arrays in zip(*packed, strict=True))
     return PackedLayers(weights, biases, norms, jnp.zeros(1, jnp.int32), heads)
