@@ -305,6 +305,13 @@ def test_refusals_name_the_reason() -> None:
         )
 
 
+@pytest.mark.parametrize(("rows", "kernels"), [(1, 1), (8, 2)])
+def test_one_row_alone_is_one_kernel(rows: int, kernels: int) -> None:
+    """Several rows may be prompts and decoding ones, which have a kernel each."""
+    text = lower_paged(SHAPES[0], 256, rows)
+    assert text.count("custom_call @mosaic_gpu") == kernels
+
+
 @pytest.mark.parametrize(("hidden", "heads"), [(1024, 16), (384, 12)])
 def test_encoder_stack(hidden: int, heads: int) -> None:
     """One kernel, however many layers."""
