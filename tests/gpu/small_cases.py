@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pjengine.errors import KernelUnavailable
 from pjengine.pallas_kernels import (
     encoder_stack,
     pack_layers,
@@ -78,7 +79,10 @@ def main(names: list[str]) -> None:
     if unknown := sorted(set(names) - set(CASES)):
         raise SystemExit(f"small_cases: no case is called {', '.join(unknown)}; there are {', '.join(CASES)}")
     for name in names or list(CASES):
-        result = np.asarray(CASES[name]().astype(jnp.float32))
+        try:
+            result = np.asarray(CASES[name]().astype(jnp.float32))
+        except KernelUnavailable as error:
+            raise SystemExit(f"small_cases: {name}: {error}") from None
         if not np.isfinite(result).all():
             raise SystemExit(f"small_cases: {name}: not all results are finite")
         print(f"{name}: {result.shape}, finite")
