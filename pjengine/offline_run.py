@@ -15,7 +15,7 @@ from pjengine.errors import EngineOverloaded, PJEngineError
 from pjengine.interrupts import deferred_interrupts
 from pjengine.request import Output, Request
 
-_FEED = 512  # requests added between two steps
+FEED = 128  # requests added between two steps: few, as the device waits for the first of them
 
 
 def run_requests(
@@ -74,7 +74,7 @@ def _feed(engine: Engine | EmbeddingEngine, requests: Sequence[Request], index: 
 
     Not all at once: the device would wait for the last to be added.
     """
-    for request in requests[len(index) : len(index) + _FEED]:
+    for request in requests[len(index) : len(index) + FEED]:
         try:
             engine.add(request)
         except EngineOverloaded:

@@ -11,10 +11,10 @@ import numpy as np
 
 from pjengine.bench.workloads import Item, fill
 from pjengine.embedding_engine import EmbeddingEngine
+from pjengine.offline_run import FEED
 from pjengine.request import Request
 
 _QUERY_TOKENS = 12  # the median of the queries workload
-_FEED = 512  # requests that are added between two steps, as a server would
 _LOAD = 0.6  # of the throughput, offered under open-loop load
 SUSTAINED = 0.95  # share of the offered load that counts as kept up with
 SECONDS = 1.0  # of each load, about
@@ -42,7 +42,7 @@ def run(engine: EmbeddingEngine, prompts: list[list[int]]) -> float:
     started = time.perf_counter()
     added = count = 0
     while added < len(prompts) or engine.has_work:
-        for prompt in prompts[added : added + _FEED]:
+        for prompt in prompts[added : added + FEED]:
             engine.add(Request(request_id=str(added), prompt_token_ids=prompt))
             added += 1
         count += len(engine.step())

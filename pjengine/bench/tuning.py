@@ -119,13 +119,12 @@ def all_tunables() -> Iterator[Tunable]:
 
 
 def mosaic_tunables(target: Target) -> Iterator[Tunable]:
-    from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS
     from pjengine.pallas_kernels.packed import mosaic as packed
     from pjengine.pallas_kernels.packed.mosaic_long import long_config
     from pjengine.pallas_kernels.packed.mosaic_short import short_config
     from pjengine.pallas_kernels.paged import mosaic as paged
 
-    sms = target.cores or HOPPER_SMS
+    sms = target.sms
     for heads in HEADS:
         spec = AttentionSpec(heads.query, heads.kv, heads.dim, page_size=PAGE)
         fields = {"block": (64, 128), "stages": (2, 3, 4, 6)}

@@ -16,6 +16,7 @@ from pjengine.errors import ConfigError, KernelUnavailable
 logger = logging.getLogger(__name__)
 
 NAMES = ("mosaic", "triton", "reference")
+HOPPER_SMS = 132  # of an H100 or H200 SXM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Target:
     compute_capability: int | None = None
     cores: int | None = None
     device_kind: str | None = None
+
+    @property
+    def sms(self) -> int:
+        """Streaming multiprocessors; a Hopper's where unknown."""
+        return self.cores or HOPPER_SMS
 
 
 def current_target() -> Target:

@@ -9,6 +9,7 @@ from typing import Any
 from pjengine.pallas_kernels.backends import Backend, Target, choose, current_target
 from pjengine.pallas_kernels.encoder_stack import api as encoder_stack
 from pjengine.pallas_kernels.gated_mlp import api as gated_mlp
+from pjengine.pallas_kernels.gated_mlp.tiles import describe_tokens
 from pjengine.pallas_kernels.kv_write import api as kv_write
 from pjengine.pallas_kernels.packed import api as packed
 from pjengine.pallas_kernels.paged import api as paged
@@ -88,8 +89,8 @@ def _rotation_row(spec: RotationSpec, backend: str, target: Target) -> tuple[str
 
 
 def _gated_row(spec: GatedSpec, backend: str, target: Target) -> tuple[str, str, str]:
-    op, why = f"gated_product (from {gated_mlp.LEAST_TOKENS} tokens)", gated_mlp.mosaic_refusal(spec, target)
+    op, why = "gated_product", gated_mlp.mosaic_refusal(spec, target)
     if backend != "reference" and why is None:
-        return op, "mosaic", ""
+        return f"{op} ({describe_tokens(spec.mlp, target)})", "mosaic", ""
     silent = backend == "reference" or target.compute_capability is None
     return op, "reference", "" if silent else f"mosaic: {why}"

@@ -25,7 +25,6 @@ from pjengine.pallas_kernels.assembler import remember_version
 from pjengine.pallas_kernels.registers import pointer, this_thread, zero_words
 
 LOG2E = math.log2(math.e)
-HOPPER_SMS = 132  # of an H100 or H200 SXM; assumed where the device does not say
 TILE_ROWS = 64  # rows of one warpgroup's wgmma tile
 # Below every real score, yet finite: rescaling by exp2(old - new) must not meet inf - inf.
 MASKED = -1e30

@@ -20,11 +20,13 @@ from pjengine.pallas_kernels import (
     rope_qkv,
     rope_write_kv,
     rope_write_kv_qkv,
+    serves_gated_product,
 )
 from tests.kernels.ragged_cases import PagedCase, paged_case, random_lens, relative_error
 
 pytestmark = pytest.mark.gpu
 
+MLPS = [(4096, 14336), (896, 4864), (576, 1536), (64, 128)]  # hidden, mlp
 # heads, kv_heads, head_dim, page_size: Llama 3.1 8B, SmolLM2 135M, Qwen2 0.5B, Gemma 2 2B, Phi-3, and others
 SHAPES = [
     (32, 8, 128, 64),
@@ -360,14 +362,21 @@ def test_rope_qkv_and_attention_of_its_result(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("tokens", [1024, 1032, 1400, 2048, 4096])
-@pytest.mark.parametrize(("hidden", "mlp"), [(4096, 14336), (896, 4864), (576, 1536), (64, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "mlp"),
+    [
+        *((tokens, *mlp) for tokens in (1024, 1032, 1400, 2048, 4096) for mlp in MLPS),
+        *((tokens, 4096, 14336) for tokens in (40, 64, 72, 128, 200, 256)),
+        (128, 8192, 28672),
+    ],
+)
 def test_linear_swiglu(tokens: int, hidden: int, mlp: int, dtype: str) -> None:
     """Whole and partial tiles, the last round of tiles full and not, and gates far below zero."""
     keys = jax.random.split(jax.random.key(tokens + hidden), 2)
     x = (4 * jax.random.normal(keys[0], (tokens, hidden), jnp.float32)).astype(dtype)
     weight = (jax.random.normal(keys[1], (hidden, 2 * mlp), jnp.float32) * hidden**-0.5).astype(dtype)
     weight = weight.at[:, 0].multiply(40)
+    assert serves_gated_product(x, weight)
     product = jax.jit(linear_swiglu, static_argnames="backend")
     actual, again = (product(x, weight, None, backend="auto") for _ in range(2))
     wide = (a.astype(jnp.float32) for a in (x, weight))

@@ -215,7 +215,17 @@ def lower_gated(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("tokens", "hidden", "mlp"), [(1024, 4096, 14336), (1288, 896, 4864), (4096, 576, 1536)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "mlp"),
+    [
+        (1024, 4096, 14336),
+        (1288, 896, 4864),
+        (4096, 576, 1536),
+        (40, 4096, 14336),
+        (128, 8192, 28672),
+        (256, 4096, 14336),
+    ],
+)
 def test_gated_product_is_one_launch(tokens: int, hidden: int, mlp: int, dtype: str) -> None:
     text = lower_gated(tokens, hidden, mlp, dtype)
     assert text.count("@mosaic_gpu_v2") == 1
@@ -226,6 +236,9 @@ def test_gated_product_is_one_launch(tokens: int, hidden: int, mlp: int, dtype: 
     ("tokens", "hidden", "mlp", "options"),
     [
         (1016, 512, 1024, {}),  # few tokens: cuBLAS is as fast
+        (192, 4096, 14336, {}),
+        (32, 4096, 14336, {}),  # few enough for Triton's products
+        (64, 3584, 18944, {}),  # 148 tiles for 132 SMs: the second round would leave most of them idle
         (1028, 512, 1024, {}),  # TMA's rows come in eights
         (1024, 480, 1024, {}),
         (1024, 512, 1088, {}),

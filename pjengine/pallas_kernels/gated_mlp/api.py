@@ -7,10 +7,8 @@ import importlib
 import jax
 
 from pjengine.pallas_kernels.backends import Target, current_target
+from pjengine.pallas_kernels.gated_mlp.tiles import config_for, pays
 from pjengine.pallas_kernels.specs import GatedSpec
-
-# Below, a product by cuBLAS and XLA's activation take no longer (docs/decisions.md).
-LEAST_TOKENS = 1024
 
 
 def mosaic_refusal(spec: GatedSpec, target: Target) -> str | None:
@@ -31,9 +29,9 @@ def serves_gated_product(x: jax.Array, weight: jax.Array, backend: str = "auto")
       backend: as in `paged_attention`; only "reference" has a say: never.
     """
     tokens, hidden = x.shape
-    spec = GatedSpec(hidden, weight.shape[1] // 2, x.dtype.name)
-    fits = tokens >= LEAST_TOKENS and tokens % 8 == 0 and weight.dtype == x.dtype
-    return fits and backend != "reference" and mosaic_refusal(spec, current_target()) is None
+    spec, target = GatedSpec(hidden, weight.shape[1] // 2, x.dtype.name), current_target()
+    fits = tokens % 8 == 0 and weight.dtype == x.dtype and mosaic_refusal(spec, target) is None
+    return fits and backend != "reference" and pays(tokens, spec.mlp, target)
 
 
 def gated_product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -44,5 +42,5 @@ def gated_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     Returns: [T, mlp] in x's dtype.
     """
     mosaic = importlib.import_module("pjengine.pallas_kernels.gated_mlp.mosaic")
-    product: jax.Array = mosaic.gated_product(x, weight, config=mosaic.config_for(current_target()))
+    product: jax.Array = mosaic.gated_product(x, weight, config=config_for(x.shape[0], current_target()))
     return product

@@ -1,16 +1,15 @@
 """Gate and up projections with SwiGLU on Hopper, in Pallas Mosaic GPU: the activation happens in registers.
 
 A persistent product: per SM a warpgroup copies tiles of x and of both projections' weights to a ring in shared memory,
-and two warpgroups multiply 64 rows each by the same 128 columns of gate and up. So a thread holds gate and up of one
-place, and what leaves is the activation, half the columns, copied out behind the next tile's products. The SMs of a
-cluster compute tiles below each other and share the weights' tiles: each copies a half for both.
+and one or two warpgroups multiply 64 rows each by the same 128 columns of gate and up. So a thread holds gate and up of
+one place, and what leaves is the activation, half the columns, copied out behind the next tile's products. The SMs of a
+cluster compute tiles below each other and share the weights' tiles, or, where one row of tiles holds all tokens, tiles
+beside each other that share x: each SM copies a half of what they share for both.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,62 +18,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.gated_mlp.products import add_product, finish_products, swiglu_halves, weights_scratch
-from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS, launch, tile, tiled_smem
+from pjengine.pallas_kernels.gated_mlp.tiles import COLUMNS, TILE_ROWS, GatedConfig, Tiling, tiling_of
+from pjengine.pallas_kernels.mosaic_common import launch, tile, tiled_smem
 
-WARPGROUPS = 2  # that multiply
-ROWS = WARPGROUPS * TILE_ROWS  # of a tile
-COLUMNS = 128  # of a tile, in gate and in up each
 K_STEP = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class GatedConfig:
-    """Tuning of the kernel.
-
-    Attributes:
-      sms: streaming multiprocessors of the device; cluster: how many of them share the weights' tiles, 1 or 2.
-      stages: of the ring.
-      group: how many rows of clusters' tiles are walked together, column by column: their x stays in the L2 cache.
-    """
-
-    sms: int
-    cluster: int = 2
-    stages: int = 4
-    group: int = 4
-
-
-def config_for(target: Target) -> GatedConfig:
-    return GatedConfig(target.cores or HOPPER_SMS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Tiles of clusters: rows, columns; group: rows walked together; workers: clusters that take tiles in turn."""
-
-    rows: int
-    columns: int
-    group: int
-    workers: int
-
-    @property
-    def rounds(self) -> int:
-        """Tiles of the worker that has most."""
-        return math.ceil(self.rows * self.columns / self.workers)
-
-    def place(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(row, column) of tile number `tile`, an int32 scalar."""
-        per_group = self.group * self.columns
-        group = lax.div(tile, jnp.int32(per_group))
-        inside = tile - group * per_group
-        height = jnp.minimum(self.rows - group * self.group, self.group)  # the last group may have fewer rows
-        return group * self.group + lax.rem(inside, height), lax.div(inside, height)
-
-
-def tiling_of(tokens: int, mlp: int, config: GatedConfig) -> Tiling:
-    rows = math.ceil(tokens / (ROWS * config.cluster))
-    return Tiling(rows, mlp // COLUMNS, min(config.group, rows), config.sms // config.cluster)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -95,15 +43,15 @@ def gated_product(x: jax.Array, weight: jax.Array, *, config: GatedConfig) -> ja
         (x, weight),
         out_type=(jax.ShapeDtypeStruct((x.shape[0], mlp), x.dtype),),
         scratch=dict(
-            x_smem=tiled_smem((stages, ROWS, K_STEP), x.dtype),
+            x_smem=tiled_smem((stages, config.rows, K_STEP), x.dtype),
             weights_smem=weights_scratch(stages, COLUMNS, x.dtype),
-            out_smem=tiled_smem((WARPGROUPS, TILE_ROWS, COLUMNS), x.dtype),
+            out_smem=tiled_smem((config.warpgroups, TILE_ROWS, COLUMNS), x.dtype),
             full=barrier(num_arrivals=3),
-            free=(shared_barrier if config.cluster > 1 else barrier)(num_arrivals=WARPGROUPS),
+            free=(shared_barrier if config.cluster > 1 else barrier)(num_arrivals=config.warpgroups),
         ),
         grid={"worker": tiling.workers},
         cluster={"place": config.cluster} if config.cluster > 1 else None,
-        warpgroups=WARPGROUPS + 1,
+        warpgroups=config.warpgroups + 1,
         name="gated_product",
     )
     return out
@@ -124,15 +72,20 @@ def _kernel(
 ) -> None:
     wg, worker = lax.axis_index("wg"), lax.axis_index("worker")
     stages, k_steps, mlp = config.stages, x_ref.shape[1] // K_STEP, out_ref.shape[1]
-    place, sharers = (lax.axis_index("place"), "place") if config.cluster > 1 else (jnp.int32(0), None)
+    place, cluster = (lax.axis_index("place"), "place") if config.cluster > 1 else (jnp.int32(0), None)
+    x_sharers, weights_sharers = (cluster, None) if config.beside else (None, cluster)
     rounds = lax.div(tiling.rows * tiling.columns - worker + (tiling.workers - 1), jnp.int32(tiling.workers))
 
     def origin(lap: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First row and column of this SM's tile."""
         row, column = tiling.place(lap * tiling.workers + worker)
-        return (row * config.cluster + place) * ROWS, column * COLUMNS
+        if config.beside:
+            column = column * config.cluster + place
+        else:
+            row = row * config.cluster + place
+        return row * config.rows, column * COLUMNS
 
-    @pl.when(wg == WARPGROUPS)
+    @pl.when(wg == config.warpgroups)
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
@@ -143,11 +96,12 @@ def _kernel(
                 slot = lax.rem(step, jnp.int32(stages))
                 pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 inner = pl.ds(k * K_STEP, K_STEP)
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, ROWS), inner], x_smem.at[slot], full.at[slot])
+                rows = x_ref.at[pl.ds(row, config.rows), inner]
+                plgpu.copy_gmem_to_smem(rows, x_smem.at[slot], full.at[slot], collective_axes=x_sharers)
                 for half, first in enumerate((column, mlp + column)):
                     source = weight_ref.at[inner, pl.ds(first, COLUMNS)]
                     target = weights_smem.at[slot, half]
-                    plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=sharers)
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=weights_sharers)
                 return step + 1
 
             return lax.fori_loop(0, k_steps, fill, start)
@@ -159,7 +113,7 @@ def _kernel(
         def _(step: jax.Array) -> None:
             plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
 
-    @pl.when(wg < WARPGROUPS)
+    @pl.when(wg < config.warpgroups)
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
 

@@ -14,8 +14,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pjengine.pallas_kernels.backends import HOPPER_SMS
 from pjengine.pallas_kernels.kv_write.reference import quantised
-from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, launch
+from pjengine.pallas_kernels.mosaic_common import launch
 from pjengine.pallas_kernels.rope import apply_rope
 from pjengine.pallas_kernels.specs import KVWriteSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from pjengine.pallas_kernels.backends import current_target
-from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS, TILE_ROWS
+from pjengine.pallas_kernels.mosaic_common import TILE_ROWS
 from pjengine.pallas_kernels.packed.mosaic_long import LongConfig, long_attention, long_config
 from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted, short_attention, short_config
 from pjengine.pallas_kernels.packed.operands import packed_operands
@@ -32,7 +32,7 @@ def packed_attention(
     """
     tokens, sequences = arrays[0].shape[0], max(1, query_starts.shape[0] - 1)
     target = current_target()
-    sms = target.cores or HOPPER_SMS
+    sms = target.sms
     operands = packed_operands(arrays, spec)
     if long is None and (short is not None or tokens // sequences < LONG):
         short = short or tuned("mosaic packed, short", spec, target, short_config(spec, sms))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.flash import TILE
-from pjengine.pallas_kernels.mosaic_common import HOPPER_SMS
 from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_decode import paged_decode
 from pjengine.pallas_kernels.paged.mosaic_prefill import PrefillConfig, paged_prefill, prefill_plan
@@ -113,7 +112,7 @@ def decode_config(spec: AttentionSpec, target: Target) -> DecodeConfig:
         block=block,
         stages=stages,
         workers=workers,
-        sms=target.cores or HOPPER_SMS,
+        sms=target.sms,
         whole_blocks=WHOLE_TOKENS // block,
     )
     return tuned("mosaic decode", spec, target, heuristic)
@@ -128,7 +127,7 @@ def prefill_config(spec: AttentionSpec, target: Target) -> PrefillConfig:
     if spec.kv_dtype != spec.dtype:
         room -= 2 * block * spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize
     stages = min(MAX_STAGES, room // (2 * block * token))
-    sms = target.cores or HOPPER_SMS
+    sms = target.sms
     heuristic = PrefillConfig(block=block, stages=stages, query_stages=query_stages, sms=sms)
     return tuned("mosaic prefill", spec, target, heuristic)
 
