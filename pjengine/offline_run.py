@@ -15,7 +15,7 @@ from pjengine.errors import EngineOverloaded, PJEngineError
 from pjengine.interrupts import deferred_interrupts
 from pjengine.request import Output, Request
 
-FEED = 128  # requests added between two steps: few, as the device waits for the first of them
+FEED = 512  # requests added between two steps
 
 
 def run_requests(
