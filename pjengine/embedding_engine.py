@@ -145,7 +145,8 @@ class EmbeddingEngine:
             self._sleep(min(nap, self.NAP))
             return []
         finished = self._in_flight.popleft() if self._in_flight else None
-        if self._line and not self._in_flight:
+        # Results that are there do not wait for the next launch, which takes as long as a batch of few texts.
+        if self._line and not self._in_flight and not (finished and finished.batch.done):
             self._dispatch()
         return self._outputs(finished) if finished else []
 

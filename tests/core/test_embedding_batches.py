@@ -31,6 +31,7 @@ class Device:
 
     def __init__(self) -> None:
         self.time = 0.0
+        self.launch = 0.0  # seconds that the host needs to start a batch; the device begins at once
         self.batches: list[Running] = []
 
     def measure(self) -> list[CurvePoint]:
@@ -48,6 +49,7 @@ class Device:
         sequences = [one.prompt_token_ids for one in requests]
         start = max([self.time, *(batch.end for batch in self.batches[-1:])])
         seconds = max(FLAT, PER_TOKEN * sum(map(len, sequences)))
+        self.time += self.launch
         self.batches.append(Running(self, sequences, start, start + seconds))
         return self.batches[-1]
 
@@ -211,6 +213,23 @@ def test_a_free_device_does_not_wait_unless_asked_to() -> None:
         engine.add(request(i, 30))
     engine.step()
     assert device.batches[0].start < 1e-4, "a full batch does not wait"
+
+
+def test_results_do_not_wait_for_the_next_launch() -> None:
+    engine, device = make()
+    device.launch = 2 * FLAT
+    engine.add(request(0, 5))
+    assert engine.step() == []
+    engine.add(request(1, 5))
+    assert [output.request_id for output in engine.step()] == ["0"]
+    assert len(device.batches) == 1
+    assert [output.request_id for output in drain(engine)] == ["1"]
+    # A batch that still runs when the next one is due is not waited for.
+    device.launch = 0.0
+    for i in range(2, 5):
+        engine.add(request(i, 5))
+        engine.step()
+    assert device.batches[-1].start == device.batches[-2].end
 
 
 def test_open_loop_latency_is_two_batches() -> None:
