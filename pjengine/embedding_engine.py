@@ -81,6 +81,7 @@ class EmbeddingEngine:
     LEAD = 1e-3  # seconds before the running batch's end, beside the time a dispatch takes, at which the next is packed
     NAP = 2e-4  # seconds of sleep at most, in which nothing is taken in
     DEPTH = 2  # batches on the device, one of which waits for the other
+    FEW = 4  # such a part of a full batch, or less, is launched behind the results of one that is done
 
     def __init__(
         self,
@@ -145,8 +146,10 @@ class EmbeddingEngine:
             self._sleep(min(nap, self.NAP))
             return []
         finished = self._in_flight.popleft() if self._in_flight else None
-        # Results that are there do not wait for the next launch, which takes as long as a batch of few texts.
-        if self._line and not self._in_flight and not (finished and finished.batch.done):
+        # Results that are there do not wait for the launch of few others, which takes the host as long as the device
+        # needs for them. Where more wait the device must not stand idle meanwhile.
+        few = self._line.tokens * self.FEW <= self.runner.budget
+        if self._line and not self._in_flight and not (few and finished and finished.batch.done):
             self._dispatch()
         return self._outputs(finished) if finished else []
 

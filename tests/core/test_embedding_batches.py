@@ -232,6 +232,17 @@ def test_results_do_not_wait_for_the_next_launch() -> None:
     assert device.batches[-1].start == device.batches[-2].end
 
 
+def test_a_device_does_not_wait_for_results_to_be_handed_out_where_many_wait() -> None:
+    engine, device = make()
+    device.launch = 2 * FLAT
+    engine.add(request(0, 5))
+    engine.step()
+    for i in range(1, 4):
+        engine.add(request(i, BUDGET // 4))
+    assert [output.request_id for output in engine.step()] == ["0"]
+    assert len(device.batches) == 2
+
+
 def test_open_loop_latency_is_two_batches() -> None:
     """At 60 % of what the device can do, a query waits for the batch that runs and for its own."""
     engine, device = make()
