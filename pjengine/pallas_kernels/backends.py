@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("mosaic", "triton", "reference")
 HOPPER_SMS = 132  # of an H100 or H200 SXM
+TILE_ROWS = 64  # of a Hopper warpgroup's product
 
 
 @dataclasses.dataclass(frozen=True)

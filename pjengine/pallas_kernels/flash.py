@@ -12,7 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, tiled_smem
+from pjengine.pallas_kernels.backends import TILE_ROWS
+from pjengine.pallas_kernels.mosaic_common import tiled_smem
 
 COMPUTE_WARPGROUPS = 2
 TILE = COMPUTE_WARPGROUPS * TILE_ROWS  # queries per work item

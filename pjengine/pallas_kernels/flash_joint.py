@@ -17,9 +17,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pjengine.pallas_kernels.backends import TILE_ROWS
 from pjengine.pallas_kernels.flash import Ring
 from pjengine.pallas_kernels.masking import cap_scores
-from pjengine.pallas_kernels.mosaic_common import LOG2E, MASKED, TILE_ROWS, clear_rows_from, column, scaled_exp2, tile
+from pjengine.pallas_kernels.mosaic_common import LOG2E, MASKED, clear_rows_from, column, scaled_exp2, tile
 from pjengine.pallas_kernels.tile_softmax import PARTS, add_parts, rescale_if_needed, widen_with_zeros
 
 # accumulator [64, head_dim], running maximum [64] (log2), sums of weights [64, PARTS], weights [64, block] of the block

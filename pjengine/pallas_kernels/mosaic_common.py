@@ -22,10 +22,10 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pjengine.pallas_kernels.assembler import remember_version
+from pjengine.pallas_kernels.backends import TILE_ROWS
 from pjengine.pallas_kernels.registers import pointer, this_thread, zero_words
 
 LOG2E = math.log2(math.e)
-TILE_ROWS = 64  # rows of one warpgroup's wgmma tile
 # Below every real score, yet finite: rescaling by exp2(old - new) must not meet inf - inf.
 MASKED = -1e30
 

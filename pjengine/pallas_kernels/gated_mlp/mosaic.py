@@ -18,8 +18,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pjengine.pallas_kernels.backends import TILE_ROWS
 from pjengine.pallas_kernels.gated_mlp.products import add_product, finish_products, swiglu_halves, weights_scratch
-from pjengine.pallas_kernels.gated_mlp.tiles import COLUMNS, TILE_ROWS, GatedConfig, Tiling, tiling_of
+from pjengine.pallas_kernels.gated_mlp.tiles import COLUMNS, GatedConfig, Tiling, tiling_of
 from pjengine.pallas_kernels.mosaic_common import launch, tile, tiled_smem
 
 K_STEP = 64

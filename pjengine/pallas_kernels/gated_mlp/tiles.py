@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pjengine.pallas_kernels.backends import Target
+from pjengine.pallas_kernels.backends import TILE_ROWS, Target
 
-TILE_ROWS = 64  # of a warpgroup
 MOST_WARPGROUPS = 2  # that multiply
 COLUMNS = 128  # of a tile, in gate and in up each
 

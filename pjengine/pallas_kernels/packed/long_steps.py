@@ -16,9 +16,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pjengine.pallas_kernels.backends import TILE_ROWS
 from pjengine.pallas_kernels.flash import Ring
 from pjengine.pallas_kernels.flash_joint import SLACK, Turns, last_values
-from pjengine.pallas_kernels.mosaic_common import MASKED, TILE_ROWS, clear_rows_from, column, scaled_exp2, tile
+from pjengine.pallas_kernels.mosaic_common import MASKED, clear_rows_from, column, scaled_exp2, tile
 from pjengine.pallas_kernels.packed.tiles import in_units, mask_unless
 from pjengine.pallas_kernels.tile_softmax import PARTS, add_parts, rescale_if_needed
 

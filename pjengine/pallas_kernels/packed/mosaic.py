@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pjengine.pallas_kernels.backends import current_target
-from pjengine.pallas_kernels.mosaic_common import TILE_ROWS
+from pjengine.pallas_kernels.backends import TILE_ROWS, current_target
 from pjengine.pallas_kernels.packed.mosaic_long import LongConfig, long_attention, long_config
 from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted, short_attention, short_config
 from pjengine.pallas_kernels.packed.operands import packed_operands

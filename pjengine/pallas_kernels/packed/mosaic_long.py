@@ -18,9 +18,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pjengine.pallas_kernels.backends import TILE_ROWS
 from pjengine.pallas_kernels.flash import Ring, ring_scratch
 from pjengine.pallas_kernels.flash_joint import Turns
-from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, launch, load_whole, tiled_smem
+from pjengine.pallas_kernels.mosaic_common import launch, load_whole, tiled_smem
 from pjengine.pallas_kernels.packed.long_steps import Part
 from pjengine.pallas_kernels.packed.operands import PackedOperands
 from pjengine.pallas_kernels.packed.plan import PackedPlan

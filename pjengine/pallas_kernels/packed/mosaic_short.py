@@ -19,9 +19,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pjengine.pallas_kernels.backends import TILE_ROWS
 from pjengine.pallas_kernels.mosaic_common import (
     MASKED,
-    TILE_ROWS,
     clear_rows_from,
     column,
     launch,

@@ -22,7 +22,8 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pjengine.pallas_kernels.mosaic_common import TILE_ROWS, tile_swizzle, tile_transforms
+from pjengine.pallas_kernels.backends import TILE_ROWS
+from pjengine.pallas_kernels.mosaic_common import tile_swizzle, tile_transforms
 from pjengine.pallas_kernels.registers import (
     Int32,
     int32,

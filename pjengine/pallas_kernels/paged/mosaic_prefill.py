@@ -18,17 +18,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pjengine.pallas_kernels.backends import TILE_ROWS
 from pjengine.pallas_kernels.flash import COMPUTE_WARPGROUPS, TILE, Ring, finish, ring_scratch
 from pjengine.pallas_kernels.flash_joint import Mask, Scores, State, Turns, first_block, last_values, next_block
 from pjengine.pallas_kernels.masking import first_visible, visible
-from pjengine.pallas_kernels.mosaic_common import (
-    LOG2E,
-    TILE_ROWS,
-    clear_memory,
-    launch,
-    tile_iota,
-    tiled_smem,
-)
+from pjengine.pallas_kernels.mosaic_common import LOG2E, clear_memory, launch, tile_iota, tiled_smem
 from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources, page_numbers, page_tokens
 from pjengine.pallas_kernels.paged.widen import widen_block
 from pjengine.pallas_kernels.row_store import store_staged_rows
