@@ -33,7 +33,7 @@ from pjengine.prompts import (
     with_prompt,
 )
 from pjengine.request import Output, Request
-from pjengine.request_checks import check_prompt
+from pjengine.request_checks import check_prompt, check_unicode
 from pjengine.sampling_params import SamplingParams
 from pjengine.scoring import check_scorer, check_top_n, cosine_scores, group_pairs, logit_scores, ranking
 from pjengine.tokenizer import Tokenizer, load_tokenizer
@@ -64,6 +64,7 @@ class LLM:
     @property
     def info(self) -> EngineInfo:
         """Of the engine: the model's kind, window, embedding size, …"""
+        self._require_open()
         return self._engine.info
 
     def generate(
@@ -254,6 +255,7 @@ class LLM:
         check_top_n(top_n)
         if not isinstance(query, str):
             raise InvalidRequest(f"query: expected a string, got {query!r}", field="query")
+        check_unicode(query, "query")
         documents = [documents] if isinstance(documents, str) else documents
         scores = self.score(query, documents, use_tqdm, **options)
         return [RankedDocument(i, float(scores[i]), documents[i]) for i in ranking(scores, top_n)]
@@ -355,7 +357,7 @@ class LLM:
         names = [field for field, prompt in zip(fields, prompts, strict=True) if isinstance(prompt, str)]
         if texts and self.tokenizer is None:
             raise InvalidRequest("prompts: this model has no tokenizer; give token ids", field="prompts")
-        most = fit_tokens(truncate_prompt_tokens, self._engine.info)
+        most = fit_tokens(truncate_prompt_tokens, self.info)
         tokenized = iter(self.tokenizer.encode_batch(texts, add_special_tokens, most, names) if self.tokenizer else ())
         return [next(tokenized) if isinstance(prompt, str) else list(prompt)[:most] for prompt in prompts]
 
@@ -376,14 +378,17 @@ class LLM:
             each = [engine_params(p, info, self.tokenizer) for p in as_params(given, count)]
         return [fit_window(p, len(ids), info) for p, ids in zip(each, token_ids, strict=True)]
 
-    def _require(self, kind: str, method: str, also: str | None = None) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise EngineDead("this LLM is closed; make a new one")
-        info = self._engine.info
+
+    def _require(self, kind: str, method: str, also: str | None = None) -> None:
+        info = self.info
         if info.kind not in (kind, also):
             other = {
                 "embed": "embed, score or rerank",
                 "classify": "classify, score or rerank",
                 "generate": "generate or chat",
             }[info.kind]
-            raise ConfigError(f"model: {info.model} cannot {method}; use {other}, or another model")
+            task = f', load it with task "{kind}"' if info.kind == "generate" else ""
+            raise ConfigError(f"model: {info.model} cannot {method}; use {other}{task}, or another model")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
 from pjengine.models.sources import Source
+from pjengine.request_checks import check_unicode
 
 if TYPE_CHECKING:
     from pjengine.tokenizer import Tokenizer
@@ -71,17 +72,22 @@ class PairEncoder:
           InvalidRequest: a text is no valid Unicode, the query alone exceeds `max_tokens`, or the model takes no
             instruction.
         """
+        if instruction is not None and not isinstance(instruction, str):
+            raise InvalidRequest(f"instruction: expected a string, got {instruction!r}", field="instruction")
         if self._own_template or self._qwen3:
             return self._from_template(query, documents, instruction, max_tokens, field)
         if instruction is not None:
-            raise InvalidRequest(f"instruction: {self._info.model} reads none; leave it out", field="instruction")
+            raise self._reads_no_instruction()
         pairs = self._tokenizer.encode_pairs(query, documents, max_tokens, field)
         return [PairTokens(ids, types if self._info.token_types else None) for ids, types in pairs]
 
     def _from_template(
         self, query: str, documents: Sequence[str], instruction: str | None, max_tokens: int | None, field: str
     ) -> list[PairTokens]:
+        check_unicode(instruction or "", "instruction")
         before, after = self._render(query, instruction or self._instruction)
+        if instruction and self._render(query, None) == (before, after):  # its template leaves the instruction out
+            raise self._reads_no_instruction()
         space = before[len(before.rstrip(" ")) :]  # a document's first word is one token with the space before it
         head, tail = self._tokenizer.encode_batch([before.rstrip(" "), after], add_special_tokens=False)
         bodies = self._tokenizer.encode_batch([space + text for text in documents], add_special_tokens=False)
@@ -97,6 +103,9 @@ class PairEncoder:
                 )
             bodies = [body[:room] for body in bodies]
         return [PairTokens(head + body + tail) for body in bodies]
+
+    def _reads_no_instruction(self) -> InvalidRequest:
+        return InvalidRequest(f"instruction: {self._info.model} reads none; leave it out", field="instruction")
 
     def _render(self, query: str, instruction: str | None) -> tuple[str, str]:
         """The text before and after the document."""

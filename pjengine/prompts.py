@@ -108,6 +108,8 @@ def with_prompt(prompts: Sequence[str | list[int]], sentence: SentenceFiles, nam
     Raises:
       InvalidRequest: there is no such prompt, or it is named for token ids.
     """
+    if name is not None and not isinstance(name, str):
+        raise InvalidRequest(f"prompt_name: expected a string, got {name!r}", field="prompt_name")
     if name and name not in sentence.prompts:
         known = f"known are {', '.join(sentence.prompts)}" if sentence.prompts else "it has none"
         raise InvalidRequest(f"prompt_name: the model has no prompt {name!r}; {known}", field="prompt_name")
@@ -140,7 +142,7 @@ def _as_token_ids(given: object, field: str) -> list[int]:
 
 
 def _as_list(given: object, field: str) -> list[Any]:
-    if isinstance(given, np.ndarray):
+    if isinstance(given, np.ndarray) and given.ndim:
         return list(given)
     if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise InvalidRequest(f"{field}: expected a string or token ids, or a list of them, got {given!r}", field=field)

@@ -19,6 +19,18 @@ def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def check_unicode(text: str, field: str) -> None:
+    """Raises InvalidRequest for a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{field}: not valid Unicode: character {error.start} is the lone surrogate {text[error.start]!a}",
+            field=field,
+            code="invalid_unicode",
+        ) from error
+
+
 def check_prompt(token_ids: list[int], info: EngineInfo, *, field: str = "prompt") -> None:
     """Raises InvalidRequest unless the prompt has tokens, all in the vocabulary, and fits the model's window.
 
@@ -29,7 +41,6 @@ def check_prompt(token_ids: list[int], info: EngineInfo, *, field: str = "prompt
     """
     if not token_ids:
         raise InvalidRequest(f"{field}: empty; give at least one token", field=field, code="empty_prompt")
-    check_token_ids(token_ids, info.vocab_size, field=field)
     # A generated token needs a place in the window too; an embedding has none.
     room = info.max_model_len - (info.kind == "generate")
     if len(token_ids) > room:
@@ -39,6 +50,7 @@ def check_prompt(token_ids: list[int], info: EngineInfo, *, field: str = "prompt
             field=field,
             code="context_length_exceeded",
         )
+    check_token_ids(token_ids, info.vocab_size, field=field)  # last: it looks at each of them
 
 
 def check_token_types(request: Request, info: EngineInfo) -> None:

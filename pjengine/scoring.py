@@ -11,7 +11,7 @@ import numpy as np
 from pjengine.activations import activate
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import InvalidRequest
-from pjengine.request_checks import is_integer
+from pjengine.request_checks import check_unicode, is_integer
 
 
 def group_pairs(
@@ -24,7 +24,7 @@ def group_pairs(
     Args:
       fields: what the user calls the two, for errors.
     Raises:
-      InvalidRequest: there are no pairs, or the numbers do not match.
+      InvalidRequest: there are no pairs, the numbers do not match, or a text is no string or no valid Unicode.
     """
     first, second = (_as_texts(texts, field) for texts, field in zip((queries, documents), fields, strict=True))
     for texts, field in zip((first, second), fields, strict=True):
@@ -33,6 +33,7 @@ def group_pairs(
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InvalidRequest(f"{field}[{i}]: expected a string, got {text!r}", field=f"{field}[{i}]")
+            check_unicode(text, f"{field}[{i}]")
     if len(first) == 1:
         return [(first[0], second)]
     if len(first) != len(second):

@@ -15,6 +15,7 @@ from pjengine.chat_template import ChatTemplate, Message
 from pjengine.errors import InvalidRequest, ModelError
 from pjengine.models.gguf_tokenizer import set_template, tokenizer_config_of, tokenizer_of
 from pjengine.models.sources import Source
+from pjengine.request_checks import check_unicode
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -93,7 +94,7 @@ class Tokenizer:
         Raises:
           InvalidRequest: the text is no valid Unicode (a lone surrogate).
         """
-        _check_unicode(text, "prompt")
+        check_unicode(text, "prompt")
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(
@@ -110,14 +111,23 @@ class Tokenizer:
           fields: what the user calls each text, for errors; None: "prompt".
         """
         for i, text in enumerate(texts):
-            _check_unicode(text, fields[i] if fields else "prompt")
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        ids = [e.ids for e in encoded]
-        if max_tokens is not None:
-            for i, text in enumerate(texts):
-                if len(ids[i]) > max_tokens:
-                    ids[i] = self._cut(text, add_special_tokens, max_tokens)
-        return ids
+            check_unicode(text, fields[i] if fields else "prompt")
+        # A cut goes between a text's own tokens and the special ones. `encode` of one text would hold the GIL.
+        special = add_special_tokens and max_tokens is None
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        if max_tokens is None:
+            return [e.ids for e in encoded]
+        added = self.backend.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+        for encoding in encoded:
+            if len(encoding) + added > max_tokens:
+                if max_tokens <= added:
+                    raise InvalidRequest(
+                        f"truncate_prompt_tokens: {max_tokens} leaves no room beside the {added} special tokens; "
+                        "ask for more",
+                        field="truncate_prompt_tokens",
+                    )
+                encoding.truncate(max_tokens - added)
+        return [self.backend.post_process(e, add_special_tokens=add_special_tokens).ids for e in encoded]
 
     def encode_pairs(
         self, first: str, seconds: Sequence[str], max_tokens: int | None = None, field: str = "query"
@@ -130,11 +140,10 @@ class Tokenizer:
         Raises:
           InvalidRequest: a text is no valid Unicode, or the first leaves the second no room.
         """
-        _check_unicode(first, field)
+        check_unicode(first, field)
         for text in seconds:
-            _check_unicode(text, "documents")
-        head = self.backend.encode(first, add_special_tokens=False)
-        bodies = self.backend.encode_batch(list(seconds), add_special_tokens=False)
+            check_unicode(text, "documents")
+        head, *bodies = self.backend.encode_batch([first, *seconds], add_special_tokens=False)
         if max_tokens is not None:
             taken = len(head) + self.backend.num_special_tokens_to_add(True)
             if taken >= max_tokens:
@@ -178,17 +187,6 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
 
-    def _cut(self, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
-        added = self.backend.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
-        if max_tokens <= added:
-            raise InvalidRequest(
-                f"truncate_prompt_tokens: {max_tokens} leaves no room beside the {added} special tokens; ask for more",
-                field="truncate_prompt_tokens",
-            )
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        encoding.truncate(max_tokens - added)
-        return self.backend.post_process(encoding, add_special_tokens=add_special_tokens).ids
-
     def _token_bytes(self, token_id: int) -> bytes:
         token = self.backend.id_to_token(token_id) or ""
         alphabet = _byte_of_character()
@@ -206,17 +204,6 @@ def _byte_of_character() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _check_unicode(text: str, field: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{field}: not valid Unicode: character {error.start} is the lone surrogate {text[error.start]!a}",
-            field=field,
-            code="invalid_unicode",
-        ) from error
 
 
 def _honour_bos_and_eos(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pjengine.bulk.parts import Parts, Progress, finished
-from pjengine.bulk.rows import Place, read_rows
+from pjengine.bulk.rows import Place, leads_to, read_rows
 from pjengine.bulk.vectors import require_pyarrow
 from pjengine.config import EngineConfig
 from pjengine.errors import ConfigError, InvalidRequest
@@ -100,7 +100,8 @@ def embed_file(options: BulkOptions, config: EngineConfig, *, progress: bool = T
         file = stack.enter_context(_opened(options.input))
         size = os.fstat(file.fileno()).st_size if file.seekable() else None
         if (done := finished(options.output, job)) is not None:
-            if size != done.place.offset:
+            longer = size is not None and size != done.place.offset
+            if longer or not leads_to(file, done.place) or file.read(1):
                 raise InvalidRequest(
                     f"output: {options.output} exists and its input has changed; give another --output", field="output"
                 )

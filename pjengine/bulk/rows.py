@@ -62,7 +62,12 @@ def read_rows(
     Raises:
       InvalidRequest: the file does not lead up to `start` as it did.
     """
-    _skip(file, start)
+    if not leads_to(file, start):
+        raise InvalidRequest(
+            f"input: lines 1 to {start.lines} are not what they were when the job was interrupted; give another "
+            "--output, or delete its .parts folder to begin anew",
+            field="input",
+        )
     place, ids, texts, lines = start, list[str](), list[str](), list[int]()
     for line in file:
         place = place.after(line)
@@ -104,13 +109,13 @@ def _id(row: Mapping[str, Any], field: str | None, number: int) -> str:
     return str(found)
 
 
-def _skip(file: BinaryIO, start: Place) -> None:
-    place = Place()
-    while place.lines < start.lines and (line := file.readline()):
-        place = place.after(line)
-    if place != start:
-        raise InvalidRequest(
-            f"input: lines 1 to {start.lines} are not what they were when the job was interrupted; give another "
-            "--output, or delete its .parts folder to begin anew",
-            field="input",
-        )
+def leads_to(file: BinaryIO, place: Place) -> bool:
+    """Reads on to a place; whether all before it is what it was when the place was taken.
+
+    Args:
+      file: at its start.
+    """
+    read = Place()
+    while read.lines < place.lines and (line := file.readline()):
+        read = read.after(line)
+    return read == place

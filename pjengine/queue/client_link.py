@@ -14,7 +14,7 @@ import msgspec
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import EngineOverloaded, QueueUnavailable
 from pjengine.queue.options import QueueOptions
-from pjengine.queue.scripts import WAIT_SECONDS, connect, keys_of, redis_module, script, unavailable
+from pjengine.queue.scripts import WAIT_SECONDS, connect, keys_of, redis_errors, redis_module, script, unavailable
 
 LEASE_SECONDS = 15.0  # a front door that says nothing for so long counts as gone, and its items are dropped
 RESULTS_AT_ONCE = 4096
@@ -72,7 +72,7 @@ class ClientLink:
         self.client = uuid.uuid4().hex[:16]
         self._options = options
         self._redis = connect(options, asynchronous=True)
-        self._error = redis_module().RedisError
+        self._errors = redis_errors()
         self._no_script = redis_module().exceptions.NoScriptError
         self._keys = keys_of(options.name)
         self._results = self._keys[-1] + self.client
@@ -118,7 +118,7 @@ class ClientLink:
         await self._run("client_leave", self.client)
 
     async def close(self) -> None:
-        with contextlib.suppress(self._error, OSError):
+        with contextlib.suppress(*self._errors):
             await self._redis.aclose()
 
     async def _beat(self, join: str) -> QueueStatus:
@@ -150,5 +150,5 @@ class ClientLink:
     def _reported(self) -> Iterator[None]:
         try:
             yield
-        except (self._error, OSError) as error:
+        except self._errors as error:
             raise unavailable(self._options, error) from error

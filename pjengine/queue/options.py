@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from urllib.parse import urlsplit
 
 from pjengine.errors import ConfigError
 
@@ -45,5 +44,5 @@ class QueueOptions:
     @property
     def address(self) -> str:
         """For messages: the URL without user, password and query."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        scheme, separator, rest = self.url.partition("://")
+        return scheme + separator + rest.rpartition("@")[2].partition("?")[0]

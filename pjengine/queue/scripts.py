@@ -54,6 +54,12 @@ def redis_module() -> ModuleType:
     return redis
 
 
+def redis_errors() -> tuple[type[Exception], ...]:
+    """What redis-py raises where Redis cannot be reached or refuses. A cluster's own errors are no RedisErrors."""
+    redis = redis_module()
+    return redis.RedisError, redis.exceptions.RedisClusterException, OSError
+
+
 def connect(options: QueueOptions, *, asynchronous: bool) -> Any:
     """A client of redis-py; nothing is sent yet. A call that fails is not repeated by itself.
 
@@ -70,8 +76,11 @@ def connect(options: QueueOptions, *, asynchronous: bool) -> Any:
         make = package.Redis.from_url
         arguments["retry"] = _no_retry(asynchronous)
     try:
-        return make(scheme.removesuffix("+cluster") + separator + rest, **arguments)
-    except redis.RedisError as error:  # a cluster is asked for its nodes at once
+        client = make(scheme.removesuffix("+cluster") + separator + rest, **arguments)
+        if not scheme.endswith("+cluster"):
+            client.connection_pool.make_connection()  # not to Redis yet: it takes the URL's options, or raises
+        return client
+    except redis_errors() as error:  # a cluster is asked for its nodes at once
         raise unavailable(options, error) from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"queue: {options.address} cannot be used: {error}") from error

@@ -16,7 +16,7 @@ import msgspec
 from pjengine.engine_info import EngineInfo
 from pjengine.errors import ConfigError
 from pjengine.queue.options import QueueOptions
-from pjengine.queue.scripts import WAIT_SECONDS, connect, keys_of, redis_module, script, unavailable
+from pjengine.queue.scripts import WAIT_SECONDS, connect, keys_of, redis_errors, redis_module, script, unavailable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class WorkerLink:
         self.worker = uuid.uuid4().hex[:16]
         self._options = options
         self._redis = connect(options, asynchronous=False)
-        self._error = redis_module().RedisError
+        self._errors = redis_errors()
         self._no_script = redis_module().exceptions.NoScriptError
         self._keys = keys_of(options.name)
         self._claims = itertools.count()
@@ -141,7 +141,7 @@ class WorkerLink:
     def _reported(self) -> Iterator[None]:
         try:
             yield
-        except self._error as error:
+        except self._errors as error:
             raise unavailable(self._options, error) from error
 
 

@@ -10,6 +10,7 @@ import typer
 
 import pjengine
 from pjengine.config import TASKS, EngineConfig
+from pjengine.errors import ConfigError
 from pjengine.serving import bench_cli, plan_cli
 from pjengine.serving.cli_options import reported_errors, with_engine_options
 
@@ -242,8 +243,13 @@ def embed(
     With --output FILE.parquet the input may be of any length, and the same command goes on where it was interrupted.
     """
     how = {"prompt_name": prompt_name, "dimensions": dimensions, "truncate_prompt_tokens": truncate_prompt_tokens}
-    if output_file is None or output_file.suffix != ".parquet":
+    if output_file is None or output_file.suffix.lower() != ".parquet":
         from pjengine.serving.offline import run_embed
+
+        skips = None if on_bad_line == "stop" else on_bad_line
+        bulk = {"--id-field": id_field, "--on-bad-line": skips, "--part-rows": part_rows}
+        if given := [name for name, value in bulk.items() if value is not None]:
+            raise ConfigError(f"{', '.join(given)}: only with --output FILE.parquet; leave it out")
 
         return run_embed(config, texts or [], input_file, output_file, text_field, **how)
 

@@ -48,6 +48,7 @@ class ServerContext:
       pairs: how it reads pairs of texts; None for a model without a tokenizer, or of another kind than "classify".
       gate: shut while the server drains.
       max_body_bytes: longest body of a request.
+      max_waiting: sequences that may wait, of one request too.
       created: unix seconds of the server's start.
     """
 
@@ -60,6 +61,7 @@ class ServerContext:
     metrics: ServerMetrics
     gate: Gate
     max_body_bytes: int
+    max_waiting: int
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
@@ -168,4 +170,5 @@ def make_context(
         metrics=ServerMetrics(lambda: client.stats, shared, names[0], pjengine.__version__, lambda: client.queue),
         gate=Gate(),
         max_body_bytes=options.max_body_bytes,
+        max_waiting=config.max_waiting,
     )

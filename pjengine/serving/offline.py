@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from pjengine.bulk.rows import parse_line
 from pjengine.config import EngineConfig
@@ -39,9 +39,13 @@ def run_embed(
         texts = [*texts, *_read(input_file, stack, text_field)]
         if not texts:
             raise InvalidRequest("texts: there are none; give them as arguments or with --input", field="texts")
-        out = sys.stdout if output_file is None else stack.enter_context(_opened(output_file, "w"))
+        # Opened first, to say at once if that cannot be; what is in it stays until there is something to replace it.
+        out = sys.stdout if output_file is None else stack.enter_context(_opened(output_file, "a"))
         llm = stack.enter_context(LLM(**dataclasses.asdict(config)))
-        for index, result in enumerate(llm.embed(texts, use_tqdm=len(texts) > 1, **how)):
+        results = llm.embed(texts, use_tqdm=len(texts) > 1, **how)
+        if output_file is not None and output_file.is_file():
+            out.truncate(0)
+        for index, result in enumerate(results):
             print(json.dumps({"index": index, "embedding": result.embedding.tolist()}), file=out)
 
 
@@ -60,21 +64,21 @@ def run_rerank(
 def _read(input_file: Path | None, stack: contextlib.ExitStack, text_field: str = "text") -> list[str]:
     if input_file is None:
         return []
-    lines = sys.stdin if str(input_file) == "-" else stack.enter_context(_opened(input_file, "r"))
+    lines = sys.stdin.buffer if str(input_file) == "-" else stack.enter_context(_opened(input_file, "rb"))
     return list(_texts(lines, input_file, text_field))
 
 
 @contextlib.contextmanager
-def _opened(path: Path, mode: str) -> Iterator[TextIO]:
+def _opened(path: Path, mode: str) -> Iterator[IO[Any]]:
     try:
-        file = path.open(mode, encoding="utf-8")
+        file = path.open(mode, encoding=None if "b" in mode else "utf-8")
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be opened: {error.strerror}") from error
     with file:
-        yield file  # type: ignore[misc]
+        yield file
 
 
-def _texts(lines: Iterable[str], path: Path, field: str) -> Iterator[str]:
+def _texts(lines: Iterable[bytes], path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from pjengine.errors import InvalidRequest
 from pjengine.request import Request
 from pjengine.request_checks import check_prompt
 from pjengine.serving.context import ServerContext
@@ -40,6 +41,12 @@ async def run_pooled(
       InvalidRequest, EngineOverloaded, EngineDead: the engine does not take them.
       GenerationError: the engine failed on one of them; the others are aborted.
     """
+    if len(token_ids) > context.max_waiting:  # all are taken or none: these never could be
+        raise InvalidRequest(
+            f"{len(token_ids)} inputs, but at most {context.max_waiting} may wait here (--max-waiting); "
+            "send fewer in a request",
+            code="too_many_inputs",
+        )
     shared = uuid.uuid4().hex
     types = token_type_ids or [None] * len(token_ids)
     requests = []

@@ -114,6 +114,21 @@ def test_bad_lines_stop_or_are_skipped(tmp_path: Path) -> None:
         run(source, target)
 
 
+def test_a_finished_job_looks_at_its_input(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "texts.jsonl", ["one", "two"]), tmp_path / "vectors.parquet"
+    run(source, target)
+    piped = [*command(Path("-"), target)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    lines = source.read_bytes()
+    for given, code, said in ((lines, 0, "is complete: 2 rows"), (lines + b'"c"\n', 1, "its input has changed")):
+        done = subprocess.run(piped, input=given, env=environment, capture_output=True, timeout=100)
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr.decode()
+    source.write_bytes(lines.replace(b"one", b"six"))
+    with pytest.raises(InvalidRequest, match="its input has changed"):
+        run(source, target)
+
+
 def test_nothing_but_an_empty_file(tmp_path: Path) -> None:
     source, target = tmp_path / "texts.jsonl", tmp_path / "vectors.parquet"
     source.touch()

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
-from pjengine import LLM
+from pjengine import LLM, InvalidRequest
+from pjengine.bulk.ray_data import Embedder
+from tests.helpers import GOLDEN
 from tests.serving.live_server import ROOT
 
 MODEL = "all-minilm-l6-v2"
@@ -43,6 +46,22 @@ rows.map_batches(
     compute=ray.data.ActorPoolStrategy(size=2),
 ).write_parquet(sys.argv[1])
 """
+
+
+def test_batches_that_cannot_be_embedded() -> None:
+    embedder = Embedder(str(GOLDEN / "sentence-transformer"), max_num_batched_tokens=32)
+    table = embedder(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}))
+    assert str(table.schema.field("embedding").type) == "fixed_size_list<item: float>[24]"
+    wrong: list[tuple[Any, str]] = [
+        (pyarrow.table({"body": ["a"]}), "text_column: 'text' is none of body"),
+        (pyarrow.table({"text": ["a", None]}), "text: expected strings, got None in row 1"),
+        (pyarrow.table({"text": [5]}), "text: expected strings, got 5"),  # and not a token id
+        (pyarrow.table({"text": ["a"], "embedding": [1]}), "embedding: the batches have such a column already"),
+        ({"text": ["a"]}, 'batch_format: expected "pyarrow"'),
+    ]
+    for batch, message in wrong:
+        with pytest.raises(InvalidRequest, match=message):
+            embedder(batch)
 
 
 @pytest.mark.real

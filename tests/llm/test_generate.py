@@ -207,6 +207,7 @@ def test_without_a_tokenizer_ids_go_in_and_come_out(make_llm: MakeLLM) -> None:
         (None, "prompts: expected"),
         (7, "prompts: expected"),
         (b"bytes", "prompts: expected"),
+        (np.array(5), "prompts: expected"),
         ("\ud800", "not valid Unicode"),
     ],
 )
@@ -243,7 +244,7 @@ def test_wrong_messages_are_refused(llm: LLM, messages: object) -> None:
 
 
 def test_embedding_with_a_generating_model_is_refused(llm: LLM) -> None:
-    with pytest.raises(ConfigError, match="cannot embed; use generate or chat"):
+    with pytest.raises(ConfigError, match='cannot embed; use generate or chat, load it with task "embed"'):
         llm.embed("hello", use_tqdm=False)
 
 
@@ -255,9 +256,34 @@ def test_unknown_option_is_refused(make_llm: MakeLLM) -> None:
 def test_closed_is_closed(make_llm: MakeLLM) -> None:
     with make_llm() as llm:
         generate(llm, "hello")
-    with pytest.raises(EngineDead, match="closed"):
-        generate(llm, "hello")
+    for use in (lambda: generate(llm, "hello"), lambda: llm.info, lambda: llm.tokenize(["hello"])):
+        with pytest.raises(EngineDead, match="closed"):
+            use()
     llm.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_batched_tokens": 10**12}, "max_num_batched_tokens: expected an integer from 1 to"),
+        ({"max_model_len": "512"}, "max_model_len: expected an integer from 1 to .*, got '512'"),
+        ({"max_num_seqs": 1.5}, "max_num_seqs: expected an integer"),
+        ({"num_pages": True}, "num_pages: expected an integer, at least 2"),
+        ({"max_wait_ms": "1"}, "max_wait_ms: expected milliseconds"),
+        ({"max_wait_ms": float("inf")}, "max_wait_ms: expected milliseconds"),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization: expected in"),
+        ({"cpu_kv_bytes": None}, "cpu_kv_bytes: expected an integer above 0"),
+    ],
+)
+def test_options_of_wrong_types(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM("some/model", **options)
+
+
+def test_a_model_that_is_no_name() -> None:
+    for model in (None, 5):
+        with pytest.raises(ConfigError, match="model: expected a directory, file, hub id or embedded name, got"):
+            LLM(model)  # type: ignore[arg-type]
 
 
 def test_progress_bar_counts_requests(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

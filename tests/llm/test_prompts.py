@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -119,5 +120,9 @@ def test_a_named_prompt() -> None:
     for sentence, message in ((QUERY, "known are query, document"), (SentenceFiles(), "it has none")):
         with pytest.raises(InvalidRequest, match=f"prompt_name: the model has no prompt 'passage'; {message}"):
             with_prompt(["a"], sentence, "passage")
+    unnamed: tuple[Any, ...] = (["query"], {}, 5)
+    for wrong in unnamed:
+        with pytest.raises(InvalidRequest, match="prompt_name: expected a string, got"):
+            with_prompt(["a"], QUERY, wrong)
     with pytest.raises(InvalidRequest, match="prompt_name: token ids take none"):
         with_prompt(["a", [1]], QUERY, "query")

@@ -60,9 +60,19 @@ def test_scores_of_pairs(name: str) -> None:
         for others in (None, {"text": "a"}, b"a"):
             with pytest.raises(InvalidRequest, match="documents: expected a string or a list of them, got"):
                 llm.rerank(query, others)  # type: ignore[arg-type]
-        if name == "cross-encoder":
-            with pytest.raises(InvalidRequest, match="instruction: "):
-                llm.score(query, texts, instruction="judge")
+        with pytest.raises(InvalidRequest, match=r"instruction: .* reads none"):  # the reranker's template has no place
+            llm.score(query, texts, instruction="judge")
+        with pytest.raises(InvalidRequest, match="instruction: expected a string, got 5"):
+            llm.score(query, texts, instruction=5)  # type: ignore[arg-type]
+        for field, queries, documents in (
+            ("queries[1]", ["a", "\ud800"], ["b", "c"]),
+            ("documents[1]", "a", ["b", "\ud800"]),
+        ):
+            with pytest.raises(InvalidRequest, match="not valid Unicode") as refused:
+                llm.score(queries, documents)
+            assert refused.value.field == field
+        with pytest.raises(InvalidRequest, match="query: not valid Unicode"):
+            llm.rerank("\ud800", texts)
 
 
 def test_an_embedder_scores_by_similarity() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
-from pjengine.errors import ConfigError
+from pjengine.errors import ConfigError, QueueUnavailable
 from pjengine.queue.client_link import ClientLink, Item
 from pjengine.queue.options import QueueOptions
 from pjengine.queue.worker import run_worker
@@ -80,7 +80,28 @@ def test_cluster(tmp_path: Path) -> None:
         client = server.client()
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         wait_for(lambda: "cluster_state:ok" in str(client.execute_command("CLUSTER", "INFO")))
-        round_trip(QueueOptions(url=f"redis+cluster://127.0.0.1:{server.port}"))
+        options = QueueOptions(url=f"redis+cluster://127.0.0.1:{server.port}")
+        round_trip(options)
+
+        async def lose_it() -> None:
+            worker, client_side, info = WorkerLink(options), ClientLink(options), EngineInfo("model", "embed", 100, 10)
+            worker.beat(info)
+            await client_side.join()
+            server.stop()
+            for _ in range(2):
+                with pytest.raises(QueueUnavailable, match="cannot be reached or used"):
+                    worker.beat(info)
+                with pytest.raises(QueueUnavailable, match="cannot be reached or used"):
+                    await client_side.beat()
+            await client_side.close()
+            worker.close()
+
+        asyncio.run(lose_it())
+
+
+def test_a_cluster_that_is_none(options: QueueOptions) -> None:
+    with pytest.raises(QueueUnavailable, match="Cluster mode is not enabled"):
+        WorkerLink(QueueOptions(url=options.url.replace("redis://", "redis+cluster://")))
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +115,8 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"url": "localhost:6379"}, "queue: expected a URL"),
         ({"url": "redis://host:port"}, "queue: redis://host:port cannot be used"),
+        ({"url": "redis://[::1"}, "queue: redis://\\[::1 cannot be used"),
+        ({"url": "redis://u:s3cr@t@h?foo=s3cret"}, "queue: redis://h cannot be used: .*foo"),
         ({"url": "redis://h", "name": "{a}"}, "queue_name: expected"),
         ({"url": "redis://h", "timeout": 0}, "queue_timeout: expected"),
         ({"url": "redis://h", "visibility": -1}, "visibility: expected"),

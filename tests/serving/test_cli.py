@@ -122,6 +122,8 @@ def test_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
         (["embed", "/no/such/model", "a"], "/no/such/model"),
         (["embed", "/no/such/model"], "texts"),
         (["embed", "/no/such/model", "--input", "/no/such/file"], "/no/such/file: cannot be opened"),
+        (["embed", SMOLLM, "a", "--id-field", "id", "--on-bad-line", "skip"], "--id-field, --on-bad-line: only with"),
+        (["embed", SMOLLM, "a", "--max-batch-tokens", "1000000000000"], "max_num_batched_tokens: expected an integer"),
         (["convert", "/no/such/model", "/tmp/nowhere"], "/no/such/model"),
     ],
 )
@@ -148,15 +150,30 @@ def test_version_and_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [("{", "not JSON"), ("5", 'a string "text"'), ('{"txt": "a"}', 'a string "text"')]
+    ("line", "said"),
+    [(b"{", "not JSON"), (b'"caf\xe9"', "not JSON"), (b"5", 'a string "text"'), (b'{"txt": "a"}', 'a string "text"')],
 )
-def test_embed_input_that_is_wrong(tmp_path: Path, line: str, said: str) -> None:
+def test_embed_input_that_is_wrong(tmp_path: Path, line: bytes, said: str) -> None:
     file = tmp_path / "in.jsonl"
-    file.write_text(f'"good"\n\n{line}\n')
+    file.write_bytes(b'"good"\n\n' + line + b"\n")
     done = run("embed", "all-minilm-l6-v2", "--input", str(file))
     assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     assert f"{file}:3" in done.stderr
     assert said in done.stderr
+
+
+def test_a_mistake_leaves_the_output_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    target.write_text("of an earlier run")
+    command = ["embed", str(GOLDEN / "sentence-transformer"), "a", "--output", str(target)]
+    done = run(*command, "--dimensions", "9999")
+    assert done.returncode == 1
+    assert "dimensions: 9999" in done.stderr
+    assert target.read_text() == "of an earlier run"
+    assert run(*command).returncode == 0
+    (line,) = target.read_text().splitlines()
+    assert len(json.loads(line)["embedding"]) == 24
 
 
 @pytest.mark.real

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.serving.fake_engine import make_tokenizer
-from tests.serving.live_server import LiveServer
+from tests.serving.live_server import LiveServer, fake_command, running
 
 
 def test_texts(embedder: LiveServer) -> None:
@@ -104,6 +104,17 @@ def test_2048_inputs_and_no_more(embedder: LiveServer) -> None:
     refused = embedder.post("/v1/embeddings", {"input": [[1]] * 2049})
     assert refused.status_code == 400
     assert refused.json()["error"]["message"] == "input: has 2049 inputs; send at most 2048 a request"
+
+
+def test_more_inputs_than_may_ever_wait() -> None:
+    """A 503 would have clients try again for ever."""
+    with running(fake_command(config={"max_waiting": 4}, engine={"kind": "embed"})) as small:
+        refused = small.post("/v1/embeddings", {"input": ["a"] * 5})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == (
+            "5 inputs, but at most 4 may wait here (--max-waiting); send fewer in a request"
+        )
+        assert len(small.post("/v1/embeddings", {"input": ["a"] * 4}).json()["data"]) == 4
 
 
 def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:

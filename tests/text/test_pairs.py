@@ -114,6 +114,13 @@ def test_instruction_for_a_model_that_reads_none() -> None:
         encoder(bert_tokenizer(), "bert").encode("a", ["b"], instruction="judge")
 
 
+def test_instruction_that_the_template_leaves_out() -> None:
+    tokenizer = byte_level_tokenizer(TEMPLATE[TEMPLATE.index("Q:") :])
+    assert tokenizer.decode(encoder(tokenizer, "llama").encode("q", ["d"])[0].token_ids) == "Q:q D:d?"
+    with pytest.raises(InvalidRequest, match="instruction: m reads none; leave it out"):
+        encoder(tokenizer, "llama").encode("q", ["d"], instruction="judge")
+
+
 def test_lone_surrogates_are_refused() -> None:
     for tokenizer, model_type in ((bert_tokenizer(), "bert"), (byte_level_tokenizer(), "qwen3")):
         with pytest.raises(InvalidRequest, match="not valid Unicode"):

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 
 from pjengine.errors import InvalidRequest, ModelError
 from pjengine.models.sources import resolve
@@ -203,6 +208,53 @@ def test_lone_surrogates_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match=r"input\[1\]: not valid Unicode") as caught:
         TINY.encode_batch(["fine", text], fields=["input[0]", "input[1]"])
     assert caught.value.field == "input[1]"
+
+
+@pytest.fixture
+def bert() -> Tokenizer:
+    """A letter is a token, [CLS] and [SEP] stand around a text."""
+    words = ["[CLS]", "[SEP]", *byte_alphabet()]
+    backend = tokenizers.Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[SEP]"))
+    backend.pre_tokenizer = Split("", "isolated")
+    backend.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])
+    return Tokenizer(backend, {})
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_cut_as_the_library_cuts(bert: Tokenizer, special: bool) -> None:
+    texts = ["", "abc", "abcd", "abcdefghij"]
+    library = tokenizers.Tokenizer.from_str(bert.backend.to_str())
+    for most in (3, 5, 6, 100):
+        library.enable_truncation(most)
+        expected = [library.encode(text, add_special_tokens=special).ids for text in texts]
+        assert bert.encode_batch(texts, special, most) == expected
+    assert bert.encode_batch(["", ""], True, 2) == [[0, 1], [0, 1]]
+    with pytest.raises(InvalidRequest, match="truncate_prompt_tokens: 2 leaves no room beside the 2 special tokens"):
+        bert.encode_batch(["", "a"], True, 2)
+
+
+def test_other_threads_go_on_while_a_long_text_is_cut(bert: Tokenizer) -> None:
+    """An event loop among them; a tokenizer that holds the GIL would stop it for seconds."""
+    text, ended, pauses = "a" * 400_000, threading.Event(), [0.0]
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not ended.wait(1e-3):
+            pauses[-1] = max(pauses[-1], time.monotonic() - last)
+            last = time.monotonic()
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    shares = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert len(bert.encode_batch([text], True, 100)[0]) == 100
+        bert.encode_batch([text], False)  # for comparison: all of it
+        shares.append(pauses[-1] / (time.monotonic() - began))
+        pauses.append(0.0)
+    ended.set()
+    thread.join()
+    assert min(shares) < 0.3
 
 
 @pytest.mark.parametrize("token_ids", [[-1], [2**40]])
