@@ -16,6 +16,7 @@ class EngineInfo:
       activation: of "classify": one of `pjengine.activations.ACTIVATIONS`, which makes scores of the logits.
       token_types: how many values `Request.token_type_ids` may take; 0: the engine takes none.
       backends: (op, backend, why) as printed at start-up.
+      revision: of an embedder's or classifier's files (`pjengine.models.revision`); "": not looked at.
     """
 
     model: str
@@ -31,3 +32,4 @@ class EngineInfo:
     device: str = "cpu"
     page_size: int = 0
     backends: tuple[tuple[str, str, str], ...] = ()
+    revision: str = ""

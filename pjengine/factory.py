@@ -34,6 +34,7 @@ from pjengine.models.encoder import EncoderConfig
 from pjengine.models.heads import Head
 from pjengine.models.loading import choose_dtype, load_source, model_of, weight_specs
 from pjengine.models.params import is_spec
+from pjengine.models.revision import revision
 from pjengine.models.rope import Rope
 from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
@@ -267,6 +268,7 @@ def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bo
         dtype=model.dtype.name,
         device=jax.devices()[0].device_kind,
         backends=backends,
+        revision=revision(model.source),
     )
     return EmbeddingEngine(info, runner, max_waiting=config.max_waiting, max_wait=config.max_wait_ms / 1e3)
 

@@ -23,6 +23,8 @@ from pjengine.bulk.vectors import require_pyarrow
 from pjengine.config import EngineConfig
 from pjengine.errors import ConfigError, InvalidRequest
 from pjengine.llm import LLM
+from pjengine.models.revision import revision
+from pjengine.models.sources import resolve
 from pjengine.request_checks import check_prompt
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ def embed_file(options: BulkOptions, config: EngineConfig, *, progress: bool = T
     require_pyarrow()
     job = {
         "model": Path(config.model).name,
+        "revision": revision(resolve(config.model, config.load_format)),
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in _DECIDES},

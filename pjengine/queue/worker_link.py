@@ -35,7 +35,7 @@ class Claim:
 
 
 def fingerprint(info: EngineInfo) -> str:
-    """Equal for workers whose answers are interchangeable: the model by its name, not by where it lies."""
+    """Equal for workers whose answers are interchangeable: the model by name and revision, not by where it lies."""
     same = dataclasses.replace(info, model=PurePath(info.model).name, dtype="", device="", page_size=0, backends=())
     return hashlib.sha256(msgspec.msgpack.encode(same)).hexdigest()[:16]
 

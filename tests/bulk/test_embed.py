@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,3 +177,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
         for n in (2, 20)
     ]
     assert peaks[1] - peaks[0] < 4 * vectors.nbytes
+
+
+def test_another_model_in_a_folder_of_the_same_name_is_another_job(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "tests" / "golden" / "sentence-transformer", model)
+    source, target = write(tmp_path / "in.jsonl", ["one", "two"]), tmp_path / "out.parquet"
+
+    def embed() -> Progress:
+        config = EngineConfig.make(str(model), **ENGINE)
+        return embed_file(BulkOptions(input=source, output=target), config, progress=False)
+
+    assert embed().rows == embed().rows == 2
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InvalidRequest, match=r"output: .*out\.parquet"):
+        embed()

@@ -26,15 +26,17 @@ class FakeLimits:
 class FakeBatchEngine(FakeEngine):
     """The fake engine, with the limits of its batches."""
 
-    def __init__(self, config: EngineConfig, step_seconds: float):
+    def __init__(self, config: EngineConfig, step_seconds: float, revision: str):
         self.runner = FakeLimits(budget=64, max_rows=16)
         super().__init__(config, "embed", step_seconds, self.runner.max_rows, labels=())
+        self.info = dataclasses.replace(self.info, revision=revision)
 
 
 def main() -> None:
     given = json.loads(sys.argv[1])
     configure_logging("info")
-    make_engine = functools.partial(FakeBatchEngine, step_seconds=given["step_seconds"])
+    how = {name: given[name] for name in ("step_seconds", "revision")}
+    make_engine = functools.partial(FakeBatchEngine, **how)
     with reported_errors():
         raise typer.Exit(run_worker(QueueOptions(**given["queue"]), EngineConfig(model=given["model"]), make_engine))
 

@@ -212,6 +212,8 @@ def test_a_worker_of_another_model_is_turned_away(options: QueueOptions, workers
     workers.start_fake(options)
     with pytest.raises(RuntimeError, match=r"queue_name: workers of the queue .* serve model 'fake' \(here 'other'\)"):
         workers.start_fake(options, model="other")
+    with pytest.raises(RuntimeError, match=r"serve revision '' \(here 'new'\); give this model a queue"):
+        workers.start_fake(options, revision="new")
     with (
         pytest.raises(RuntimeError, match=r"model: the workers of the queue .* serve fake, not other"),
         front_door(options, config={"model": "other"}),

@@ -52,10 +52,20 @@ class Workers(contextlib.ExitStack):
         return LiveWorker(process, output)
 
     def start_fake(
-        self, options: QueueOptions, count: int = 1, model: str = "fake", step_seconds: float = 0.01
+        self,
+        options: QueueOptions,
+        count: int = 1,
+        model: str = "fake",
+        step_seconds: float = 0.01,
+        revision: str = "",
     ) -> list[LiveWorker]:
         """Workers with a batch of 64 tokens or 16 items, ready."""
-        given = {"queue": dataclasses.asdict(options), "model": model, "step_seconds": step_seconds}
+        given = {
+            "queue": dataclasses.asdict(options),
+            "model": model,
+            "step_seconds": step_seconds,
+            "revision": revision,
+        }
         workers = [self.start(["-m", "tests.queue.fake_worker", json.dumps(given)]) for _ in range(count)]
         for worker in workers:
             worker.wait_ready()
