@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
+import os
 from typing import Any
 
 from pjengine.errors import ConfigError
@@ -12,6 +15,13 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 TASKS = ("auto", "generate", "embed", "classify")
 BACKENDS = ("auto", "reference", "mosaic", "triton")
 PAGE_SIZES = (16, 32, 64, 128)
+_KINDS: dict[str, tuple[type, ...]] = {  # of the annotations below; NumPy's numbers are numbers, a path names a file
+    "str": (str, os.PathLike),
+    "int": (numbers.Integral,),
+    "float": (numbers.Real,),
+    "bool": (bool,),
+    "None": (type(None),),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,7 @@ class EngineConfig:
         files say, a decoder without sentence-transformers files generates.
       dtype: of weights and KV cache; "auto": the checkpoint's own on a GPU, float32 on a CPU.
       load_format: "auto" looks at the files; "dummy" draws random weights of the config's shapes on the device.
-      seed: of dummy weights and of requests that bring no seed of their own.
+      seed: of dummy weights and of requests that bring no seed of their own; at least 0.
       max_model_len: longest sequence, prompt and output together, in tokens; None: the model's own limit.
       max_num_seqs: most sequences in a step; None: 512 on a GPU, 64 on a CPU (embedding models: budget / 8).
       max_num_batched_tokens: token budget of a step; None: 4096 on a GPU, 512 on a CPU (embedding models: measured when
@@ -63,6 +73,11 @@ class EngineConfig:
     compile_cache: str | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), str(field.type).split(" | ")
+            ok = any(isinstance(value, _KINDS[kind]) for kind in kinds)
+            ok = ok and ("bool" in kinds or not isinstance(value, bool))  # to Python a bool is a number
+            _require(ok, field.name, value, " or ".join(kinds))
         for name, allowed in (
             ("task", TASKS),
             ("dtype", DTYPES),
@@ -75,10 +90,11 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "eager_buckets"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")
         share = self.gpu_memory_utilization
         _require(share is None or 0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]")
-        _require(self.max_wait_ms >= 0, "max_wait_ms", self.max_wait_ms, "at least 0")
+        _require(0 <= self.max_wait_ms < math.inf, "max_wait_ms", self.max_wait_ms, "milliseconds, at least 0")
         _require(self.cpu_kv_bytes > 0, "cpu_kv_bytes", self.cpu_kv_bytes, "above 0")
 
     @classmethod
