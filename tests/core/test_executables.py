@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -284,3 +286,12 @@ def test_code_and_tables_of_block_sizes_make_other_executables(tmp_path: Path) -
         (tmp_path / name).write_text(text)
         seen.add(source_digest(tmp_path))
     assert len(seen) == 4
+
+
+def test_without_a_place_for_the_default_cache_an_engine_starts_and_says_so() -> None:
+    """As in a container whose home directory cannot be written."""
+    code = "from pjengine.executables import use_compile_cache as use; use(None)"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env["XDG_CACHE_HOME"] = "/dev/null"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "compile_cache: /dev/null/pjengine/compiled cannot be made (Not a directory)" in done.stderr
