@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+import pjengine
 from pjengine.config import EngineConfig
 from pjengine.errors import ConfigError
 
@@ -61,13 +63,26 @@ def save(
     write(path, benchmark, document)
 
 
+def check_writable(path: str | None) -> None:
+    """Before the time is spent. path: of a file to come; None: of none.
+
+    Raises: ConfigError if it cannot be written.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"json: {path} cannot be written; name a file in a folder that exists")
+
+
 def write(path: str, benchmark: str, document: dict[str, Any]) -> None:
     """A benchmark's JSON file: its name, the versions, and the rest.
 
     Raises: ConfigError if the file cannot be written.
     """
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    head = {"benchmark": benchmark, "versions": versions | {"python": platform.python_version()}}
+    versions = {"pjengine": pjengine.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    head = {"benchmark": benchmark, "versions": versions}
     try:
         Path(path).write_text(json.dumps(head | document, indent=1) + "\n", "utf-8")
     except OSError as error:
