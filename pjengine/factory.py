@@ -39,6 +39,7 @@ from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
 from pjengine.pallas_kernels import describe_backends, describe_embedder_backends
 from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, RotationSpec
+from pjengine.phases import PhaseLog
 from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
 from pjengine.step_programs import RunnerShape, StepPrograms, cpu_buckets, gpu_buckets
@@ -90,17 +91,20 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
       OutOfMemory: it does not fit; the message holds the numbers.
       KernelUnavailable: no attention backend can serve it here.
     """
-    started = time.monotonic()
-    prepare_device(config)
-    model = _find_model(config)
-    if model.head is None:
-        engine: Engine | EmbeddingEngine = _make_generator(config, model, progress)
-    else:
-        engine = _make_embedder(config, model, model.head, progress)
+    started, phases = time.monotonic(), PhaseLog()
+    with phases.attached():
+        prepare_device(config)
+        model = _find_model(config)
+        if model.head is None:
+            engine: Engine | EmbeddingEngine = _make_generator(config, model, progress)
+        else:
+            engine = _make_embedder(config, model, model.head, progress)
+    phases.mark("cache and tables")
     info, seconds = engine.info, time.monotonic() - started
+    parts = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.seconds(started).items())
     logger.info(
-        "ready in %.1f s: %s to %s, %s on %s, up to %d tokens", seconds, info.model, info.kind, info.dtype, info.device,
-        info.max_model_len, extra={"phase": "cache and tables"},
+        "ready in %.1f s (%s): %s to %s, %s on %s, up to %d tokens", seconds, parts, info.model, info.kind, info.dtype,
+        info.device, info.max_model_len, extra={"phase": "cache and tables"},
     )  # fmt: skip
     return engine
 

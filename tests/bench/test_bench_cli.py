@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from pjengine.bench.startup import PhaseLog
+from pjengine.phases import PhaseLog
 from pjengine.serving.cli import app
 from tests.bench.scripted_server import FAIL, HANG, ScriptedServer, scripted
 from tests.serving.live_server import fake_command, running, wait_for
@@ -182,6 +182,10 @@ def test_counts_are_at_least_one(arguments: list[str]) -> None:
 class TestSmallEngine:
     """What only the engine knows, with one whose programs are compiled once."""
 
+    @pytest.fixture(autouse=True)
+    def heap_of_a_process_that_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pjengine.heap.freeze_heap", lambda: None)
+
     OPTIONS = ("--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--num-pages", "8", "--max-model-len", "96")
 
     @pytest.mark.parametrize(
@@ -258,3 +262,14 @@ def test_phases_are_the_marked_records() -> None:
     (a, first), (b, second) = log.ends
     assert (a, b) == ("a", "b")
     assert log.seconds(first - 2.0) == pytest.approx({"a": 2.0, "b": second - first})
+
+
+def test_phases_hide_no_warning_where_nothing_is_configured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = logging.getLogger("pjengine")
+    monkeypatch.setattr(package, "propagate", False)  # pytest has handlers at the root
+    with PhaseLog().attached():
+        logging.getLogger("pjengine.factory").warning("lowered")
+    assert capsys.readouterr().err == "lowered\n"
+    assert package.handlers == []

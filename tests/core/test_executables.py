@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -179,6 +180,14 @@ def test_an_eager_start_serves_with_what_is_ready_and_says_the_same() -> None:
     # With all of them ready, decoding no longer runs in the largest step.
     assert eager.stats().padded_tokens - padded <= 64 * (eager.stats().steps - steps)
     assert eager.runner.step_tokens == 64
+
+
+def test_the_start_is_logged_with_the_time_of_each_phase(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "pjengine"):
+        engine()
+    number = r"\d+\.\d"
+    phases = ", ".join(f"{phase} {number}" for phase in ("memory plan", "weights", "executables", "cache and tables"))
+    assert re.search(rf"ready in {number} s \({phases}\): ", caplog.text)
 
 
 def test_a_step_that_needs_more_than_its_room_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
