@@ -47,17 +47,25 @@ def _shown(value: Any) -> str:
 
 
 def save(
-    path: str, benchmark: str, device: str, roofline: Roofline, config: EngineConfig, rows: Sequence[dict[str, Any]]
+    path: str,
+    benchmark: str,
+    device: str,
+    roofline: Roofline,
+    config: EngineConfig,
+    options: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
 ) -> None:
     """Writes everything a reader needs to judge or repeat an engine's figures.
 
     Args:
       device: its kind, as JAX names it.
+      options: of the benchmark, beside the engine's.
     """
     document = {
         "device": device,
         "roofline": dataclasses.asdict(roofline),
         "config": dataclasses.asdict(config),
+        "options": options,
         "rows": list(rows),
     }
     write(path, benchmark, document)

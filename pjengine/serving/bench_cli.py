@@ -58,7 +58,8 @@ def decode(
             check_decode(engine, size, context, steps)
         return [decode(engine, size, context, steps, roofline, params) for size in sizes]
 
-    _measure("decode", config, rows, json)
+    options = {"batch": batch, "context": context, "steps": steps, "sampling": sampling}
+    _measure("decode", config, options, rows, json)
 
 
 @app.command()
@@ -81,7 +82,7 @@ def prefill(
             check_prefill(engine, length)
         return [prefill(engine, count, length, roofline) for length, count in pairs]
 
-    _measure("prefill", config, rows, json)
+    _measure("prefill", config, {"shapes": shapes}, rows, json)
 
 
 @app.command()
@@ -105,7 +106,7 @@ def throughput(
         check(workload, work, engine.info.max_model_len, engine.info.vocab_size)
         return [throughput(engine, work)]
 
-    _measure("throughput", config, rows, json)
+    _measure("throughput", config, {"workload": workload}, rows, json)
 
 
 @app.command()
@@ -142,7 +143,7 @@ def embed(
             row |= batching(engine, prompts, plot, f"{config.model}, {workload}, {engine.info.device}")
         return [row]
 
-    _measure("embed", config, rows, json)
+    _measure("embed", config, {"workload": workload}, rows, json)
 
 
 @app.command()
@@ -179,7 +180,9 @@ def host(
     rows = [host(config, size, steps, params) for size in _counts("batch", batch)]
     report.show(f"host, {config.model}", rows)
     if json is not None:
-        report.write(json, "host", {"device": "cpu", "config": dataclasses.asdict(config), "rows": rows})
+        options = {"batch": batch, "steps": steps, "temperature": temperature}
+        document = {"device": "cpu", "config": dataclasses.asdict(config), "options": options, "rows": rows}
+        report.write(json, "host", document)
 
 
 @app.command()
@@ -197,7 +200,7 @@ def startup(model: Model, config: EngineConfig, json: Json = None) -> None:
     phases = [{"seconds": phase} | {row["start"]: row[phase] for row in rows} for phase in rows[0] if phase != "start"]
     report.show(f"startup, {config.model}", phases)
     if json is not None:
-        report.save(json, "startup", device, ceiling, config, rows)
+        report.save(json, "startup", device, ceiling, config, {}, rows)
 
 
 @app.command()
@@ -271,7 +274,8 @@ def serve(
         summary = summarize(found.traces, limits)
         serve_report.show(base_url, workload, options, summary, found.client_share)
         if json is not None:
-            serve_report.save(json, base_url, workload, options, limits, summary, found.client_share)
+            sent = {"base_url": base_url, "workload": workload, "repeat": repeat, "vocab_size": vocab_size}
+            serve_report.save(json, sent, options, limits, summary, found.client_share)
         if summary.failed:
             raise typer.Exit(1)
 
@@ -287,9 +291,13 @@ def _rate(text: str) -> float:
 
 
 def _measure(
-    name: str, config: EngineConfig, rows: Callable[[Any, Roofline], list[dict[str, Any]]], json: str | None
+    name: str,
+    config: EngineConfig,
+    options: dict[str, Any],
+    rows: Callable[[Any, Roofline], list[dict[str, Any]]],
+    json: str | None,
 ) -> None:
-    """Measures the device, then the engine; shows and saves the rows."""
+    """Measures the device, then the engine; shows and saves the rows. options: as they were given, for the file."""
     with reported_errors():
         from pjengine.bench import report, roofline
         from pjengine.factory import generates, make_engine, prepare_device
@@ -312,7 +320,7 @@ def _measure(
         found = rows(engine, ceiling)
         report.show(f"{name}, {config.model}", found)
         if json is not None:
-            report.save(json, name, engine.info.device, ceiling, config, found)
+            report.save(json, name, engine.info.device, ceiling, config, options, found)
 
 
 def _vocab_size(config: EngineConfig) -> int:

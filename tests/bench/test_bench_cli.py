@@ -62,6 +62,7 @@ def test_serve_against_the_real_server(tmp_path: Path, endpoint: str) -> None:
         assert row["prompt_tokens"] == sum(5 + i for i in range(20))
     assert row["rates"]["good requests"] == row["rates"]["requests"]
     assert (kept["config"]["concurrency"], kept["config"]["rate"]) == (8, "200.0")
+    assert (kept["config"]["workload"], kept["config"]["vocab_size"], kept["config"]["repeat"]) == (work, 160, 1)
     assert "key" not in json.dumps(kept["config"])
 
 
@@ -139,7 +140,9 @@ def test_host(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     done = run("host", "--model", LLAMA, "--batch", "4,8", "--max-num-seqs", "8", "--steps", "20", "--json", str(file))
     assert done.exit_code == 0, done.output
-    rows = json.loads(file.read_text())["rows"]
+    kept = json.loads(file.read_text())
+    assert (kept["device"], kept["options"]) == ("cpu", {"batch": "4,8", "steps": 20, "temperature": 0.0})
+    rows = kept["rows"]
     assert [row["batch"] for row in rows] == [4, 8]
     assert all(0 < row["median_ms"] <= row["p90_ms"] for row in rows)
     done = run("host", "--model", LLAMA, "--batch", "9", "--max-num-seqs", "8")
@@ -222,7 +225,7 @@ class TestSmallEngine:
         assert done.exit_code == 0, done.output
         kept = json.loads(file.read_text())
         assert (kept["rows"][0]["requests"], kept["rows"][0]["output_tokens"]) == (20, 40)
-        assert kept["config"]["max_waiting"] == 2
+        assert (kept["config"]["max_waiting"], kept["options"]) == (2, {"workload": work})
 
 
 @pytest.mark.parametrize(
