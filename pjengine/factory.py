@@ -26,7 +26,7 @@ from pjengine.engine_info import EngineInfo
 from pjengine.errors import OutOfMemory
 from pjengine.executables import ExecutableStore, open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
-from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
+from pjengine.limits import Limits, embedding_tokens, embedding_window, limits_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget
 from pjengine.model_runner import ModelRunner
 from pjengine.models.decoder import DecoderConfig
@@ -239,9 +239,7 @@ def _make_runner(
 
 def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bool) -> EmbeddingEngine:
     gpu = jax.default_backend() == "gpu"
-    window, longest = window_of(config, model.config.max_position_embeddings), model.source.sentence.max_seq_length
-    if config.max_model_len is None and longest:
-        window = min(window, longest)
+    window = embedding_window(config, model.config.max_position_embeddings, model.source.sentence.max_seq_length)
     largest = embedding_tokens(config, window, gpu=gpu)
     # Segments tell a pair's texts apart; a single text has one, so embeddings are computed without.
     token_types = getattr(model.config, "type_vocab_size", 0) if head.task == "classify" else 0
