@@ -71,8 +71,8 @@ def save(
     write(path, benchmark, document)
 
 
-def check_writable(path: str | None) -> None:
-    """Before the time is spent. path: of a file to come; None: of none.
+def check_writable(path: str | None, option: str = "json") -> None:
+    """Before the time is spent. path: of a file to come, as `option` names it; None: of none.
 
     Raises: ConfigError if it cannot be written.
     """
@@ -80,7 +80,7 @@ def check_writable(path: str | None) -> None:
         return
     file = Path(path)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"json: {path} cannot be written; name a file in a folder that exists")
+        raise ConfigError(f"{option}: {path} cannot be written; name a file in a folder that exists")
 
 
 def write(path: str, benchmark: str, document: dict[str, Any]) -> None:

@@ -126,9 +126,11 @@ def embed(
     """Embeddings of a whole workload offline, the latency of a single one, and the latency under load."""
     if plot is not None:
         with reported_errors():
+            from pjengine.bench import report
             from pjengine.bench.plots import require_matplotlib
 
             require_matplotlib(plot)  # before the time is spent
+            report.check_writable(plot, "plot")
     from pjengine.bench.workloads import check, read
 
     prompts = [dataclasses.replace(item, output_len=0) for item in read(workload, _vocab_size(config))]

@@ -163,6 +163,7 @@ def test_host(tmp_path: Path) -> None:
         ("throughput", ["--workload", "queries"], "workload: queries: every line needs an output_len of at least 1"),
         ("throughput", ["--workload", "/no/such"], "workload: expected chat"),
         ("embed", ["--workload", "queries"], "task: "),
+        ("embed", ["--plot", "/no/such/folder/x.png"], "plot: /no/such/folder/x.png cannot be written"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_engine_starts(
