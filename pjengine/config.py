@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 from typing import Any
 
@@ -14,7 +15,14 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 TASKS = ("auto", "generate", "embed", "classify")
 BACKENDS = ("auto", "reference", "mosaic", "triton")
 PAGE_SIZES = (16, 32, 64, 128)
-MOST = 2**30  # of anything counted: positions are int32
+_MOST = 2**30  # of anything counted: positions are int32
+_KINDS: dict[str, tuple[type, ...]] = {  # of the annotations below; NumPy's numbers are numbers
+    "str": (str,),
+    "int": (numbers.Integral,),
+    "float": (numbers.Real,),
+    "bool": (bool,),
+    "None": (type(None),),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,7 @@ class EngineConfig:
         files say, a decoder without sentence-transformers files generates.
       dtype: of weights and KV cache; "auto": the checkpoint's own on a GPU, float32 on a CPU.
       load_format: "auto" looks at the files; "dummy" draws random weights of the config's shapes on the device.
-      seed: of dummy weights and of requests that bring no seed of their own.
+      seed: of dummy weights and of requests that bring no seed of their own; at least 0.
       max_model_len: longest sequence, prompt and output together, in tokens; None: the model's own limit.
       max_num_seqs: most sequences in a step; None: 512 on a GPU, 64 on a CPU (embedding models: budget / 8).
       max_num_batched_tokens: token budget of a step; None: 4096 on a GPU, 512 on a CPU (embedding models: measured when
@@ -68,7 +76,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if isinstance(self.model, os.PathLike):
             object.__setattr__(self, "model", os.fspath(self.model))
-        _require(isinstance(self.model, str), "model", self.model, "a directory, file, hub id or embedded name")
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), str(field.type).split(" | ")
+            ok = any(isinstance(value, _KINDS[kind]) for kind in kinds)
+            ok = ok and ("bool" in kinds or not isinstance(value, bool))  # to Python a bool is a number
+            _require(ok, field.name, value, " or ".join(kinds))
         for name, allowed in (
             ("task", TASKS),
             ("dtype", DTYPES),
@@ -80,16 +92,14 @@ class EngineConfig:
             _require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "eager_buckets"):
             value = getattr(self, name)
-            fits = value is None or (_is_integer(value) and 1 <= value <= MOST)
-            _require(fits, name, value, f"an integer from 1 to {MOST}")
-        pages = self.num_pages
-        _require(pages is None or (_is_integer(pages) and pages >= 2), "num_pages", pages, "an integer, at least 2")
+            _require(value is None or value >= 1, name, value, "at least 1")
+            _require(value is None or value <= _MOST, name, value, f"at most {_MOST}")
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        _require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")
         share = self.gpu_memory_utilization
-        _require(share is None or (_is_number(share) and 0 < share <= 1), "gpu_memory_utilization", share, "in (0, 1]")
-        wait = self.max_wait_ms
-        _require(_is_number(wait) and wait >= 0, "max_wait_ms", wait, "milliseconds, at least 0")
-        kv_bytes = self.cpu_kv_bytes
-        _require(_is_integer(kv_bytes) and kv_bytes > 0, "cpu_kv_bytes", kv_bytes, "an integer above 0")
+        _require(share is None or 0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]")
+        _require(0 <= self.max_wait_ms < math.inf, "max_wait_ms", self.max_wait_ms, "milliseconds, at least 0")
+        _require(self.cpu_kv_bytes > 0, "cpu_kv_bytes", self.cpu_kv_bytes, "above 0")
 
     @classmethod
     def make(cls, model: str, **options: Any) -> EngineConfig:
@@ -99,15 +109,6 @@ class EngineConfig:
             if name not in known:
                 raise ConfigError(f"{name}: unknown engine option; known are {', '.join(sorted(known - {'model'}))}")
         return cls(model=model, **options)
-
-
-def _is_integer(value: object) -> bool:
-    """Of Python or NumPy, which is not imported here: `--help` is to be quick."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(float(value))
 
 
 def _require(ok: bool, field: str, value: object, allowed: str) -> None:

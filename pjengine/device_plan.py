@@ -16,7 +16,7 @@ from pjengine.config import EngineConfig
 from pjengine.device_cache import page_bytes
 from pjengine.errors import ConfigError, OutOfMemory
 from pjengine.kv_cache import CacheGroup, KVCacheManager
-from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
+from pjengine.limits import Limits, embedding_tokens, embedding_window, limits_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget, plan_memory, step_temporaries
 from pjengine.models.loading import choose_dtype, model_of, weight_specs
 from pjengine.models.params import ParamSpec, is_spec
@@ -87,7 +87,7 @@ def plan_device(config: EngineConfig, memory: float, tensor_parallel: int = 1) -
     weights = sum(shards.weight_bytes(spec, dtype) for spec in leaves)
     budget = device_budget(int(memory * GIB), config.gpu_memory_utilization)
     if head is not None:
-        return _embedder_plan(config, model, dtype, shards, budget, weights)
+        return _embedder_plan(config, source.sentence.max_seq_length, model, dtype, shards, budget, weights)
     return _decoder_plan(config, module, model, dtype, shards, budget, weights)
 
 
@@ -212,9 +212,9 @@ def table_bytes(limits: Limits, specs: Sequence[CacheSpec], vocab_size: int) -> 
 
 
 def _embedder_plan(
-    config: EngineConfig, model: Any, dtype: Any, shards: Shards, budget: int, weights: int
+    config: EngineConfig, sentence_limit: int | None, model: Any, dtype: Any, shards: Shards, budget: int, weights: int
 ) -> DevicePlan:
-    window = window_of(config, model.max_position_embeddings)
+    window = embedding_window(config, model.max_position_embeddings, sentence_limit)
     tokens = embedding_tokens(config, window, gpu=True)
     activations = tokens * activation_width(model, shards) * jnp.dtype(dtype).itemsize
     memory = MemoryPlan(budget, weights, activations + RESERVE, 0, (), 0)

@@ -16,6 +16,7 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import pjengine
+from pjengine.errors import ConfigError
 from pjengine.models.embedded import cache_directory
 from pjengine.pallas_kernels.backends import current_target, load_runtime
 
@@ -116,11 +117,14 @@ def open_store(directory: str | None, setting: object) -> ExecutableStore:
 
     GPUs only: an XLA CPU executable that came out of JAX's compilation cache lacks functions once serialized again
     ("Function wrapped_slice.2 not found", jax 0.10.2), so CPUs have JAX's cache alone.
+
+    Raises: ConfigError if a directory was named that cannot be made.
     """
     if directory == "" or jax.default_backend() == "cpu":
         return ExecutableStore(None, setting)
-    path = (Path(directory) if directory else cache_directory() / "compiled") / "executables"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = _make_directory(directory, "executables", mode=0o700)
+    if path is None:
+        return ExecutableStore(None, setting)
     status = path.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         logger.warning("compile_cache: %s can be written by others, so executables are not kept there", path)
@@ -135,14 +139,36 @@ def use_compile_cache(directory: str | None) -> None:
 
     Args:
       directory: None: the XDG cache directory; "": no cache.
+    Raises: ConfigError if a directory was named that cannot be made.
     """
     if directory == "" or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    path = Path(directory) if directory else cache_directory() / "compiled"
-    path.mkdir(parents=True, exist_ok=True)
+    path = _make_directory(directory)
+    if path is None:
+        return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _make_directory(directory: str | None, below: str = "", mode: int = 0o777) -> Path | None:
+    """The directory of the compile cache, or one below it; None: the default one cannot be made.
+
+    Raises: ConfigError if it was named.
+    """
+    path = (Path(directory) if directory else cache_directory() / "compiled") / below
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        if directory:
+            raise ConfigError(f"compile_cache: {path} cannot be made ({error.strerror}); name another") from error
+        logger.warning(
+            "compile_cache: %s cannot be made (%s), so the next start compiles again; name another",
+            path,
+            error.strerror,
+        )
+        return None
+    return path
 
 
 def source_digest(package: Path) -> str:

@@ -26,7 +26,7 @@ from pjengine.engine_info import EngineInfo
 from pjengine.errors import OutOfMemory
 from pjengine.executables import ExecutableStore, open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
-from pjengine.limits import Limits, embedding_tokens, limits_of, window_of
+from pjengine.limits import Limits, embedding_tokens, embedding_window, limits_of
 from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget
 from pjengine.model_runner import ModelRunner
 from pjengine.models.decoder import DecoderConfig
@@ -40,6 +40,7 @@ from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
 from pjengine.pallas_kernels import describe_backends, describe_embedder_backends
 from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, RotationSpec
+from pjengine.phases import PhaseLog
 from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
 from pjengine.step_programs import RunnerShape, StepPrograms, cpu_buckets, gpu_buckets
@@ -91,17 +92,20 @@ def make_engine(config: EngineConfig, *, progress: bool = True) -> Engine | Embe
       OutOfMemory: it does not fit; the message holds the numbers.
       KernelUnavailable: no attention backend can serve it here.
     """
-    started = time.monotonic()
-    prepare_device(config)
-    model = _find_model(config)
-    if model.head is None:
-        engine: Engine | EmbeddingEngine = _make_generator(config, model, progress)
-    else:
-        engine = _make_embedder(config, model, model.head, progress)
+    started, phases = time.monotonic(), PhaseLog()
+    with phases.attached():
+        prepare_device(config)
+        model = _find_model(config)
+        if model.head is None:
+            engine: Engine | EmbeddingEngine = _make_generator(config, model, progress)
+        else:
+            engine = _make_embedder(config, model, model.head, progress)
+    phases.mark("cache and tables")
     info, seconds = engine.info, time.monotonic() - started
+    parts = ", ".join(f"{phase} {took:.1f}" for phase, took in phases.seconds(started).items())
     logger.info(
-        "ready in %.1f s: %s to %s, %s on %s, up to %d tokens", seconds, info.model, info.kind, info.dtype, info.device,
-        info.max_model_len, extra={"phase": "cache and tables"},
+        "ready in %.1f s (%s): %s to %s, %s on %s, up to %d tokens", seconds, parts, info.model, info.kind, info.dtype,
+        info.device, info.max_model_len, extra={"phase": "cache and tables"},
     )  # fmt: skip
     return engine
 
@@ -236,9 +240,7 @@ def _make_runner(
 
 def _make_embedder(config: EngineConfig, model: _Model, head: Head, progress: bool) -> EmbeddingEngine:
     gpu = jax.default_backend() == "gpu"
-    window, longest = window_of(config, model.config.max_position_embeddings), model.source.sentence.max_seq_length
-    if config.max_model_len is None and longest:
-        window = min(window, longest)
+    window = embedding_window(config, model.config.max_position_embeddings, model.source.sentence.max_seq_length)
     largest = embedding_tokens(config, window, gpu=gpu)
     # Segments tell a pair's texts apart; a single text has one, so embeddings are computed without.
     token_types = getattr(model.config, "type_vocab_size", 0) if head.task == "classify" else 0

@@ -34,6 +34,15 @@ def window_of(config: EngineConfig, model_limit: int) -> int:
     return config.max_model_len or model_limit
 
 
+def embedding_window(config: EngineConfig, model_limit: int, sentence_limit: int | None) -> int:
+    """Longest text in tokens. sentence_limit: sentence-transformers' max_seq_length, kept unless more is asked for.
+
+    Raises: ConfigError as window_of.
+    """
+    window = window_of(config, model_limit)
+    return min(window, sentence_limit) if config.max_model_len is None and sentence_limit else window
+
+
 def limits_of(config: EngineConfig, model_limit: int, *, gpu: bool) -> Limits:
     """The options, with the device's defaults where they are silent."""
     return Limits(

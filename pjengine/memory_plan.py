@@ -112,7 +112,7 @@ def plan_memory(
             raise OutOfMemory(
                 f"max_model_len: a sequence of {sequence_tokens} tokens needs "
                 f"{needed * page_bytes[group] / GIB:.3f} GiB of KV cache, {max(0, left) / GIB:.3f} GiB are left "
-                f"({plan}); lower max_model_len or max_num_batched_tokens, or raise gpu_memory_utilization "
-                "(on a CPU: cpu_kv_bytes)"
+                f"({plan}); lower max_model_len, max_num_batched_tokens or max_num_seqs, raise "
+                "gpu_memory_utilization (on a CPU: cpu_kv_bytes), or take a larger device"
             )
     return plan

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -66,17 +68,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
+            value = getattr(self, name) or ()
+            value = (value,) if isinstance(value, str) else _tuple(name, value, "strings")
             _require(all(isinstance(s, str) and s for s in value), name, value, "non-empty strings")
             msgspec.structs.force_setattr(self, name, value)
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
             if value is not None:
-                value = tuple(value)
+                value = _tuple(name, value, "token ids")
                 _require(all(_is_int(t) and t >= 0 for t in value), name, value, "token ids of at least 0")
                 msgspec.structs.force_setattr(self, name, value)
-        msgspec.structs.force_setattr(self, "bad_words_token_ids", tuple(map(tuple, self.bad_words_token_ids)))
+        words = _tuple("bad_words_token_ids", self.bad_words_token_ids, "lists of token ids")
+        words = tuple(_tuple("bad_words_token_ids", word, "lists of token ids") for word in words)
+        msgspec.structs.force_setattr(self, "bad_words_token_ids", words)
         _integer(self, "max_tokens", 1, None, optional=True)
         _integer(self, "min_tokens", 0, self.max_tokens)
         _integer(self, "top_k", -1, None)
@@ -91,7 +95,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _number(self, "frequency_penalty", -2.0, 2.0)
         _number(self, "repetition_penalty", 0.0, 2.0, low_open=True)
         _require(self.allowed_token_ids != (), "allowed_token_ids", [], "at least one token id, or null")
-        for token, bias in (self.logit_bias or {}).items():
+        biases = self.logit_bias or {}
+        _require(isinstance(biases, Mapping), "logit_bias", biases, "token ids with their biases")
+        for token, bias in biases.items():
             _require(_is_int(token) and token >= 0, "logit_bias", token, "token ids of at least 0 as keys")
             _require(_is_number(bias) and -100 <= bias <= 100, "logit_bias", bias, "values from -100 to 100")
         for word in self.bad_words_token_ids:
@@ -119,6 +125,11 @@ def _is_number(value: object) -> bool:
 def _require(ok: bool, field: str, value: object, allowed: str) -> None:
     if not ok:
         raise InvalidRequest(f"{field}: expected {allowed}, got {value!r}", field=field, code="invalid_value")
+
+
+def _tuple(field: str, value: Any, of: str) -> tuple[Any, ...]:
+    _require(isinstance(value, Iterable) and not isinstance(value, (str, bytes)), field, value, f"a list of {of}")
+    return tuple(value)
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int | None, optional: bool = False) -> None:

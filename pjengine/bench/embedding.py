@@ -86,7 +86,7 @@ def embed(engine: EmbeddingEngine, work: list[Item]) -> dict[str, Any]:
     seconds = run(engine, prompts)
     after = engine.stats()
     tokens = sum(map(len, prompts))
-    query = fill([_QUERY_TOKENS], engine.info.vocab_size)
+    query = fill([min(_QUERY_TOKENS, engine.info.max_model_len)], engine.info.vocab_size)
     single = [run(engine, query) for _ in range(60)][10:]
     load = open_loop(engine, prompts, _LOAD * len(prompts) / seconds)
     return {

@@ -32,6 +32,7 @@ class Run:
 
 def run(engine: Engine, work: list[Item], params: SamplingParams = GREEDY) -> Run:
     """All of a workload at once."""
+    engine.max_waiting = max(engine.max_waiting, len(work))
     started, steps = time.perf_counter(), engine.stats().steps
     for i, item in enumerate(work):
         asked = _with_length(params, item.output_len)
@@ -68,7 +69,10 @@ def decode(
         while engine.has_work:
             engine.step()
     if tokens != batch * steps:
-        raise RuntimeError(f"{batch} rows decode {steps} steps, and {tokens} tokens came")
+        raise ConfigError(
+            f"batch: the KV cache does not hold {batch} sequences of {context + steps} tokens at once; take fewer, or "
+            "a smaller context"
+        )
     least = _decode_bytes(engine, batch, context + steps // 2) / roofline.copy_bandwidth
     return {
         "batch": batch,
@@ -79,22 +83,41 @@ def decode(
     }
 
 
-def _start_decoding(engine: Engine, batch: int, context: int, steps: int, params: SamplingParams) -> None:
-    """Adds `batch` prompts of `context` tokens and returns when each has its first token and nothing is prefilled."""
+def check_decode(engine: Engine, batch: int, context: int, steps: int) -> None:
+    """Raises: ConfigError if `decode` cannot measure this."""
     if batch > engine.scheduler.max_num_seqs:
         raise ConfigError(f"batch: at most max_num_seqs, {engine.scheduler.max_num_seqs}, run at once; got {batch}")
-    # The first rows decode while the last prompts are read: at most a step each, beside those that their tokens take.
-    length = steps + batch + batch * context // _runner(engine).step_tokens + 8
-    if context + length > engine.info.max_model_len:
+    longest = context + _decoded(engine, batch, context, steps)
+    if longest > engine.info.max_model_len:
         raise ConfigError(
-            f"context, steps: sequences grow to {context + length} tokens; max_model_len is {engine.info.max_model_len}"
+            f"context, steps: sequences grow to {longest} tokens; max_model_len is {engine.info.max_model_len}"
         )
-    asked = _with_length(params, length)
+
+
+def _decoded(engine: Engine, batch: int, context: int, steps: int) -> int:
+    """Tokens that a sequence generates: the first rows decode while the last prompts are read, at most a step each
+    beside those that their tokens take.
+    """
+    return steps + batch + batch * context // _runner(engine).step_tokens + 8
+
+
+def _start_decoding(engine: Engine, batch: int, context: int, steps: int, params: SamplingParams) -> None:
+    """Adds `batch` prompts of `context` tokens and returns when each has its first token and nothing is prefilled."""
+    asked = _with_length(params, _decoded(engine, batch, context, steps))
     for i, item in enumerate(items([(context, 1)] * batch, engine.info.vocab_size)):
         engine.add(Request(request_id=f"bench-{i}", prompt_token_ids=item.prompt_token_ids, params=asked))
     waiting = {f"bench-{i}" for i in range(batch)}
     while waiting:
         waiting -= {output.request_id for output in engine.step()}
+
+
+def check_prefill(engine: Engine, length: int) -> None:
+    """Raises: ConfigError if `prefill` cannot measure prompts of this length."""
+    if length >= engine.info.max_model_len:
+        raise ConfigError(
+            f"shapes: prompts may have {engine.info.max_model_len - 1} tokens (max_model_len is "
+            f"{engine.info.max_model_len}), got {length}"
+        )
 
 
 def prefill(engine: Engine, count: int, length: int, roofline: Roofline) -> dict[str, Any]:
@@ -116,7 +139,9 @@ def prefill(engine: Engine, count: int, length: int, roofline: Roofline) -> dict
 
 
 def throughput(engine: Engine, work: list[Item]) -> dict[str, Any]:
-    """A whole workload, all requests at once."""
+    """A whole workload, all requests at once, after a short one."""
+    half = engine.info.max_model_len // 2
+    run(engine, items([(min(128, half), min(8, half))] * 8, engine.info.vocab_size))
     _runner(engine).settle()
     found = run(engine, work)
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+import pjengine
 from pjengine.config import EngineConfig
 from pjengine.errors import ConfigError
 
@@ -45,20 +47,40 @@ def _shown(value: Any) -> str:
 
 
 def save(
-    path: str, benchmark: str, device: str, roofline: Roofline, config: EngineConfig, rows: Sequence[dict[str, Any]]
+    path: str,
+    benchmark: str,
+    device: str,
+    roofline: Roofline,
+    config: EngineConfig,
+    options: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
 ) -> None:
     """Writes everything a reader needs to judge or repeat an engine's figures.
 
     Args:
       device: its kind, as JAX names it.
+      options: of the benchmark, beside the engine's.
     """
     document = {
         "device": device,
         "roofline": dataclasses.asdict(roofline),
         "config": dataclasses.asdict(config),
+        "options": options,
         "rows": list(rows),
     }
     write(path, benchmark, document)
+
+
+def check_writable(path: str | None, option: str = "json") -> None:
+    """Before the time is spent. path: of a file to come, as `option` names it; None: of none.
+
+    Raises: ConfigError if it cannot be written.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{option}: {path} cannot be written; name a file in a folder that exists")
 
 
 def write(path: str, benchmark: str, document: dict[str, Any]) -> None:
@@ -66,8 +88,9 @@ def write(path: str, benchmark: str, document: dict[str, Any]) -> None:
 
     Raises: ConfigError if the file cannot be written.
     """
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    head = {"benchmark": benchmark, "versions": versions | {"python": platform.python_version()}}
+    versions = {"pjengine": pjengine.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    head = {"benchmark": benchmark, "versions": versions}
     try:
         Path(path).write_text(json.dumps(head | document, indent=1) + "\n", "utf-8")
     except OSError as error:

@@ -20,8 +20,6 @@ from pjengine.bench.serve_trace import Trace
 from pjengine.bench.workloads import Item
 from pjengine.errors import PJEngineError
 
-_PROBE_SECONDS = 600.0  # a first request may wait for a compilation
-
 
 class ServerUnusable(PJEngineError, RuntimeError):
     """The server cannot be reached, does not serve the model, or refuses the benchmark's kind of request."""
@@ -81,8 +79,9 @@ def choose_model(address: Address, model: str | None) -> str:
     served = asyncio.run(_served_models(address))
     if model is None and len(served) == 1:
         return served[0]
-    if model not in served:
-        raise ServerUnusable(f"model: the server serves {', '.join(served) or 'nothing'}, not {model}; set --model")
+    if model is None or model not in served:
+        wanted = f", not {model}" if model is not None else ""
+        raise ServerUnusable(f"model: the server serves {', '.join(served) or 'nothing'}{wanted}; set --model")
     return model
 
 
@@ -101,7 +100,7 @@ async def _served_models(address: Address) -> list[str]:
         raise ServerUnusable(f"base_url: {where}/v1/models gave no answer in 30 s") from error
     except (OSError, BadResponse) as error:
         raise ServerUnusable(f"base_url: {where} cannot be reached: {error}") from error
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ServerUnusable(f"base_url: {where}/v1/models is not OpenAI's list of models") from error
 
 
@@ -113,7 +112,7 @@ def probe(options: ServeOptions, item: Item) -> None:
     short = Item(item.prompt_token_ids[:8], min(item.output_len, 2))
     call = Call(0.0, options.form.body(options.model, [short]), short.output_len)
     trace = Trace(due=0.0)
-    load = Load(options.address, options.form.endpoint, [call], 1, _PROBE_SECONDS)
+    load = Load(options.address, options.form.endpoint, [call], 1, options.timeout)
 
     async def once() -> None:
         async with Connections(options.address) as connections:

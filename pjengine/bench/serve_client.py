@@ -153,7 +153,7 @@ async def send(connections: Connections, load: Load, call: Call, trace: Trace) -
         trace.error = f"no end within {load.timeout:g} s"
     except OSError as error:
         trace.error = f"connection failed: {error.strerror or error}"
-    except (BadResponse, msgspec.DecodeError) as error:
+    except BadResponse as error:
         trace.error = str(error)
     trace.finished = time.monotonic()
 
@@ -198,16 +198,25 @@ class _Event(msgspec.Struct):
     error: Any = None
 
 
-_decode = msgspec.json.Decoder(_Event).decode
+_decoder = msgspec.json.Decoder(_Event)
+
+
+def _decode(data: bytes) -> _Event:
+    """Raises: BadResponse if it is not JSON of that shape."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadResponse(str(error)) from error
 
 
 async def _read_events(response: Response, trace: Trace) -> str | None:
     """Reads a stream to its end; what was wrong with it, or None."""
-    decoder, usage = EventDecoder(), None
+    decoder, usage, ended = EventDecoder(), None, False
     async for data in response.body:
         now = time.monotonic()
         for payload in decoder.feed(data):
             if payload == b"[DONE]":
+                ended = True
                 continue
             event = _decode(payload)
             if event.error is not None:
@@ -215,6 +224,8 @@ async def _read_events(response: Response, trace: Trace) -> str | None:
             usage = event.usage or usage
             if event.choices and _has_text(event.choices[0]):
                 trace.arrivals.append(now)
+    if usage is None and not ended:
+        return "the stream ended before its usage and [DONE]"
     if usage is None:
         return "the stream ended without its usage (stream_options.include_usage)"
     trace.prompt_tokens, trace.output_tokens = usage.prompt_tokens, usage.completion_tokens
@@ -236,7 +247,7 @@ async def refusal(response: Response) -> str:
     body = await response.read()
     try:
         error: Any = _decode(body).error
-    except msgspec.DecodeError:
+    except BadResponse:
         error = None
     return f"HTTP {response.status}: {_message(error or body.decode(errors='replace'))}"
 

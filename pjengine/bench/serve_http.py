@@ -213,8 +213,10 @@ class ChunkDecoder:
         while (end := buffer.find(b"\r\n", at)) >= 0:
             try:
                 size = int(buffer[at:end].partition(b";")[0], 16)
-            except ValueError as error:
-                raise BadResponse("no HTTP: a chunk without its size") from error
+            except ValueError:
+                size = -1
+            if size < 0:
+                raise BadResponse("no HTTP: a chunk without its size")
             if size == 0:
                 if len(buffer) >= end + 4:
                     self.done = True

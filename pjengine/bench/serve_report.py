@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -57,18 +58,17 @@ def show(base_url: str, workload: str, options: ServeOptions, summary: Summary, 
 
 def save(
     path: str,
-    base_url: str,
-    workload: str,
+    sent: dict[str, Any],
     options: ServeOptions,
     limits: dict[str, float] | None,
     summary: Summary,
     client_share: float,
 ) -> None:
-    """Writes the figures with what they were measured with; no API key."""
+    """Writes the figures with what they were measured with; no API key. sent: where to and what, beside the options."""
     fields = dataclasses.asdict(options.form)
     fields |= {
         f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in ("address", "form")
     }
-    config = fields | {"base_url": base_url, "workload": workload, "goodput": limits, "rate": str(options.rate)}
+    config = fields | sent | {"goodput": limits, "rate": str(options.rate)}
     rows = [dataclasses.asdict(summary) | {"client_share": client_share}]
     report.write(path, "serve", {"config": config, "rows": rows})

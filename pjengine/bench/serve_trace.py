@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 
@@ -132,7 +133,7 @@ def parse_limits(text: str) -> dict[str, float]:
             limits[name] = float(value)
         except ValueError:
             limits[name] = -1.0
-        if name not in ("ttft", "tpot", "e2el") or not limits[name] > 0:
+        if name not in ("ttft", "tpot", "e2el") or not 0 < limits[name] < math.inf:
             raise ConfigError(f"goodput: expected limits in ms such as ttft:200,tpot:50,e2el:5000, got {part!r}")
     return limits
 

@@ -18,35 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from pjengine.config import EngineConfig
 from pjengine.errors import PJEngineError
+from pjengine.phases import PhaseLog
 
 if TYPE_CHECKING:
     from pjengine.bench.roofline import Roofline
 
 PROMPT_TOKENS = 16
-
-
-class PhaseLog(logging.Handler):
-    """Collects the ends of phases that the engine logs: records with an attribute `phase`.
-
-    Attributes:
-      ends: (phase, seconds of `time.monotonic` at its end), in order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: list[tuple[str, float]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if (phase := getattr(record, "phase", None)) is not None:
-            self.mark(phase)
-
-    def mark(self, phase: str) -> None:
-        self.ends.append((phase, time.monotonic()))
-
-    def seconds(self, start: float) -> dict[str, float]:
-        """Of each phase, the first from `start` on, each later one from the end of the one before."""
-        ends = [start, *(at for _, at in self.ends)]
-        return {phase: end - before for (phase, end), before in zip(self.ends, ends, strict=False)}
 
 
 def measure(config: EngineConfig) -> tuple[str, Roofline, list[dict[str, Any]]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pjengine.errors import ConfigError
+
+_MOST_TOKENS = 1 << 24  # of a prompt: longer than any model's window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ def read(name: str, vocab_size: int, seed: int = 3) -> list[Item]:
     if not path.is_file():
         raise ConfigError(f"workload: expected chat, queries, docs or a file of JSON lines, got {name!r}")
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"workload: {path} cannot be read as text ({error})") from error
     rows = [_parse(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
@@ -81,10 +84,25 @@ def read(name: str, vocab_size: int, seed: int = 3) -> list[Item]:
     ]
 
 
+def check(name: str, work: Sequence[Item], window: int, vocab_size: int) -> None:
+    """Raises: ConfigError naming the first request of a workload that a model cannot take."""
+    for number, item in enumerate(work, 1):
+        length, most = len(item.prompt_token_ids), max(item.prompt_token_ids)
+        if length + item.output_len > window:
+            output = f" and {item.output_len} to generate" if item.output_len else ""
+            raise ConfigError(
+                f"workload: {name}: request {number} has {length} tokens{output}; max_model_len is {window}"
+            )
+        if most >= vocab_size:
+            raise ConfigError(
+                f"workload: {name}: request {number}: token id {most} is outside the vocabulary, 0..{vocab_size - 1}"
+            )
+
+
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"workload: {path}:{number}: not JSON ({error})") from error
     if not isinstance(row, dict) or ("prompt_len" in row) == ("prompt_token_ids" in row):
         raise ConfigError(f"workload: {path}:{number}: needs prompt_len or prompt_token_ids, got {line[:80]}")
@@ -94,6 +112,8 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     for field in ("prompt_len", "output_len"):
         if field in row and not (type(row[field]) is int and row[field] >= (field == "prompt_len")):
             raise ConfigError(f"workload: {path}:{number}: {field}: expected a count, got {row[field]!r}")
+    if row.get("prompt_len", 1) > _MOST_TOKENS:
+        raise ConfigError(f"workload: {path}:{number}: prompt_len: expected at most {_MOST_TOKENS}, got {line[:80]}")
     ids = row.get("prompt_token_ids", [0])
     if not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
         raise ConfigError(f"workload: {path}:{number}: prompt_token_ids: expected a list of token ids, got {line[:80]}")

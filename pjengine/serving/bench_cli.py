@@ -30,17 +30,18 @@ def decode(
     model: Model,
     config: EngineConfig,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
-    context: Annotated[int, typer.Option(help="Prompt tokens of each sequence.")] = 128,
-    steps: Annotated[int, typer.Option(help="Steps to time.")] = 128,
+    context: Annotated[int, typer.Option(help="Prompt tokens of each sequence.", min=1)] = 128,
+    steps: Annotated[int, typer.Option(help="Steps to time.", min=1)] = 128,
     sampling: Annotated[
         bool, typer.Option("--sampling", help="Top-p 0.9, top-k 50 and penalties on every request.")
     ] = False,
     json: Json = None,
 ) -> None:
     """Milliseconds per decode step."""
+    sizes = _counts("batch", batch)
 
     def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
-        from pjengine.bench.generation import GREEDY, decode
+        from pjengine.bench.generation import GREEDY, check_decode, decode
         from pjengine.sampling_params import SamplingParams
 
         params = GREEDY
@@ -53,9 +54,12 @@ def decode(
                 repetition_penalty=1.1,
                 ignore_eos=True,
             )
-        return [decode(engine, size, context, steps, roofline, params) for size in _counts("batch", batch)]
+        for size in sizes:
+            check_decode(engine, size, context, steps)
+        return [decode(engine, size, context, steps, roofline, params) for size in sizes]
 
-    _measure("decode", config, rows, json)
+    options = {"batch": batch, "context": context, "steps": steps, "sampling": sampling}
+    _measure("decode", config, options, rows, json)
 
 
 @app.command()
@@ -67,16 +71,18 @@ def prefill(
     json: Json = None,
 ) -> None:
     """Prompt tokens per second."""
+    pairs = [_integers(shape, "x") for shape in shapes.split(",")]
+    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise ConfigError(f"shapes: expected LENGTHxCOUNT pairs such as 512x64,2048x32, got {shapes!r}")
 
     def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
-        from pjengine.bench.generation import prefill
+        from pjengine.bench.generation import check_prefill, prefill
 
-        pairs = [_counts("shapes", shape, separator="x") for shape in shapes.split(",")]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ConfigError(f"shapes: expected LENGTHxCOUNT pairs such as 512x64,2048x32, got {shapes!r}")
+        for length, _ in pairs:
+            check_prefill(engine, length)
         return [prefill(engine, count, length, roofline) for length, count in pairs]
 
-    _measure("prefill", config, rows, json)
+    _measure("prefill", config, {"shapes": shapes}, rows, json)
 
 
 @app.command()
@@ -88,18 +94,19 @@ def throughput(
     json: Json = None,
 ) -> None:
     """A whole workload offline, all requests at once."""
+    from pjengine.bench.workloads import check, read
+
+    work = read(workload, _vocab_size(config))
+    if any(item.output_len == 0 for item in work):
+        raise ConfigError(f"workload: {workload}: every line needs an output_len of at least 1")
 
     def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
-        from pjengine.bench.generation import run, throughput
-        from pjengine.bench.workloads import items, read
+        from pjengine.bench.generation import throughput
 
-        work = read(workload, engine.info.vocab_size)
-        if any(item.output_len == 0 for item in work):
-            raise ConfigError(f"workload: {workload}: every line needs an output_len of at least 1")
-        run(engine, items([(128, 8)] * 8, engine.info.vocab_size))
+        check(workload, work, engine.info.max_model_len, engine.info.vocab_size)
         return [throughput(engine, work)]
 
-    _measure("throughput", config, rows, json)
+    _measure("throughput", config, {"workload": workload}, rows, json)
 
 
 @app.command()
@@ -119,30 +126,36 @@ def embed(
     """Embeddings of a whole workload offline, the latency of a single one, and the latency under load."""
     if plot is not None:
         with reported_errors():
+            from pjengine.bench import report
             from pjengine.bench.plots import require_matplotlib
 
             require_matplotlib(plot)  # before the time is spent
+            report.check_writable(plot, "plot")
+    from pjengine.bench.workloads import check, read
+
+    prompts = [dataclasses.replace(item, output_len=0) for item in read(workload, _vocab_size(config))]
 
     def rows(engine: Any, roofline: Roofline) -> list[dict[str, Any]]:
         from pjengine.bench.embedding import embed
         from pjengine.bench.embedding_load import batching
-        from pjengine.bench.workloads import read
 
-        work = read(workload, engine.info.vocab_size)
-        row = embed(engine, work)
+        check(workload, prompts, engine.info.max_model_len, engine.info.vocab_size)
+        row = embed(engine, prompts)
         if plot is not None:
-            row |= batching(engine, work, plot, f"{config.model}, {workload}, {engine.info.device}")
+            row |= batching(engine, prompts, plot, f"{config.model}, {workload}, {engine.info.device}")
         return [row]
 
-    _measure("embed", config, rows, json)
+    _measure("embed", config, {"workload": workload}, rows, json)
 
 
 @app.command()
 def kernels(json: Json = None) -> None:
     """Every attention kernel over a grid of shapes, as a share of what this GPU can do, and against cuDNN."""
     with reported_errors():
+        from pjengine.bench import report
         from pjengine.bench.kernels import main
 
+        report.check_writable(json)
         main(json)
 
 
@@ -164,11 +177,14 @@ def host(
     from pjengine.bench.host import host
     from pjengine.sampling_params import SamplingParams
 
+    report.check_writable(json)
     params = SamplingParams(temperature=temperature, max_tokens=None, ignore_eos=True)
     rows = [host(config, size, steps, params) for size in _counts("batch", batch)]
     report.show(f"host, {config.model}", rows)
     if json is not None:
-        report.write(json, "host", {"config": dataclasses.asdict(config), "rows": rows})
+        options = {"batch": batch, "steps": steps, "temperature": temperature}
+        document = {"device": "cpu", "config": dataclasses.asdict(config), "options": options, "rows": rows}
+        report.write(json, "host", document)
 
 
 @app.command()
@@ -180,12 +196,13 @@ def startup(model: Model, config: EngineConfig, json: Json = None) -> None:
     from pjengine.bench import report
     from pjengine.bench.startup import measure
 
+    report.check_writable(json)
     device, ceiling, rows = measure(config)
     print(f"{device}: {ceiling}")
     phases = [{"seconds": phase} | {row["start"]: row[phase] for row in rows} for phase in rows[0] if phase != "start"]
     report.show(f"startup, {config.model}", phases)
     if json is not None:
-        report.save(json, "startup", device, ceiling, config, rows)
+        report.save(json, "startup", device, ceiling, config, {}, rows)
 
 
 @app.command()
@@ -227,13 +244,16 @@ def serve(
 ) -> None:
     """An open-loop load on any OpenAI-compatible server; exit code 1 if a request failed."""
     with reported_errors():
-        from pjengine.bench import serve_report
+        from pjengine.bench import report, serve_report
         from pjengine.bench.serve import ServeOptions, choose_model, default_processes, probe, serve
         from pjengine.bench.serve_client import Form
         from pjengine.bench.serve_http import Address
         from pjengine.bench.serve_trace import parse_limits, summarize
         from pjengine.bench.workloads import read
 
+        report.check_writable(json)
+        if not timeout < math.inf:
+            raise ConfigError(f"timeout: expected seconds, got {timeout}")
         form = Form(cast(Any, endpoint), texts_per_request, send_text, encoding_format)
         limits = None if goodput is None else parse_limits(goodput)
         address = Address.parse(base_url, api_key)
@@ -256,7 +276,8 @@ def serve(
         summary = summarize(found.traces, limits)
         serve_report.show(base_url, workload, options, summary, found.client_share)
         if json is not None:
-            serve_report.save(json, base_url, workload, options, limits, summary, found.client_share)
+            sent = {"base_url": base_url, "workload": workload, "repeat": repeat, "vocab_size": vocab_size}
+            serve_report.save(json, sent, options, limits, summary, found.client_share)
         if summary.failed:
             raise typer.Exit(1)
 
@@ -272,37 +293,56 @@ def _rate(text: str) -> float:
 
 
 def _measure(
-    name: str, config: EngineConfig, rows: Callable[[Any, Roofline], list[dict[str, Any]]], json: str | None
+    name: str,
+    config: EngineConfig,
+    options: dict[str, Any],
+    rows: Callable[[Any, Roofline], list[dict[str, Any]]],
+    json: str | None,
 ) -> None:
-    """Measures the device, then the engine; shows and saves the rows."""
+    """Measures the device, then the engine; shows and saves the rows. options: as they were given, for the file."""
     with reported_errors():
         from pjengine.bench import report, roofline
-        from pjengine.embedding_engine import EmbeddingEngine
-        from pjengine.factory import make_engine, prepare_device
+        from pjengine.factory import generates, make_engine, prepare_device
         from pjengine.heap import freeze_heap
 
+        report.check_writable(json)
         # Repeated prompts must cost what they cost.
         config = dataclasses.replace(config, enable_prefix_caching=False)
         prepare_device(config)
+        if generates(config) == (name == "embed"):
+            raise ConfigError(
+                f"task: {config.model} generates text; for embeddings of it set --task embed"
+                if name == "embed"
+                else f"task: {config.model} embeds or classifies, and `pjengine bench {name}` measures generating"
+            )
         ceiling = roofline.measure()  # before the engine takes the memory
         engine = make_engine(config)
         freeze_heap()  # as a server does
-        if isinstance(engine, EmbeddingEngine) != (name == "embed"):
-            raise ConfigError(
-                f"model: {config.model} is of kind {engine.info.kind}; `pjengine bench {name}` needs the other"
-            )
         print(f"{engine.info.device}: {ceiling}")
         found = rows(engine, ceiling)
         report.show(f"{name}, {config.model}", found)
         if json is not None:
-            report.save(json, name, engine.info.device, ceiling, config, found)
+            report.save(json, name, engine.info.device, ceiling, config, options, found)
 
 
-def _counts(field: str, text: str, separator: str = ",") -> list[int]:
-    try:
-        counts = [int(part) for part in text.split(separator)]
-    except ValueError:
-        counts = []
+def _vocab_size(config: EngineConfig) -> int:
+    """The model's, from its config alone: a workload that is wrong is refused before the time is spent."""
+    from pjengine.models.loading import model_of
+    from pjengine.models.sources import resolve
+
+    return int(model_of(resolve(config.model, config.load_format))[1].vocab_size)
+
+
+def _counts(field: str, text: str) -> list[int]:
+    counts = _integers(text, ",")
     if not counts or min(counts) < 1:
-        raise ConfigError(f"{field}: expected counts of at least 1 separated by {separator!r}, got {text!r}")
+        raise ConfigError(f"{field}: expected counts of at least 1 separated by commas, got {text!r}")
     return counts
+
+
+def _integers(text: str, separator: str) -> list[int]:
+    """Empty if a part is none."""
+    try:
+        return [int(part) for part in text.split(separator)]
+    except ValueError:
+        return []

@@ -20,6 +20,7 @@ from pjengine.serving.protocol.base import ErrorDetail, ErrorResponse
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED = 3  # errors of one body that the message lists
+_SHOWN = 60  # characters of a value in a message
 
 
 @dataclasses.dataclass
@@ -94,7 +95,7 @@ async def handle_error(request: Request, error: Exception) -> Response:
 
 
 def _of_validation(error: ValidationError) -> ApiError:
-    errors = error.errors(include_url=False, include_input=False)
+    errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {errors[0]['ctx']['error']}", code="invalid_json")
     by_place: dict[str, list[Any]] = {}
@@ -134,4 +135,7 @@ def _message(place: str, errors: list[Any]) -> str:
     if not place:
         return f"the body: {errors[0]['msg']}"
     said = " or ".join(dict.fromkeys(error["msg"] for error in errors))
+    value = errors[0]["input"]
+    if errors[0]["msg"].startswith("Input should") and isinstance(value, (int, float, str)):
+        said += f", got {value[:_SHOWN] if isinstance(value, str) else value!r:.{_SHOWN}}"
     return f"{place}: {said}"

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 FIRST, GAP = 0.05, 0.01  # seconds before the first event, and between events
-REFUSE, FAIL, CUT, HANG, NO_USAGE, EARLY, GARBAGE = range(1, 8)
+REFUSE, FAIL, CUT, HANG, NO_USAGE, EARLY, GARBAGE, BAD_TEXT, CUT_STREAM = range(1, 10)
 
 
 @dataclasses.dataclass
 class ScriptedServer:
-    """What the server saw. most: requests that were open at once. requests_per_connection: then it closes."""
+    """What the server saw. most: requests that were open at once. requests_per_connection: then it closes. models: the
+    answer to /v1/models.
+    """
 
     url: str = ""
     bodies: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -25,6 +27,7 @@ class ScriptedServer:
     most: int = 0
     connections: int = 0
     requests_per_connection: int = 1000
+    models: bytes = b'{"data": [{"id": "m"}]}'
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -52,7 +55,7 @@ class ScriptedServer:
         self, path: str, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         if path == "/v1/models":
-            return _whole(writer, 200, {"data": [{"id": "m"}]})
+            return _whole(writer, 200, self.models)
         self.bodies.append(body)
         if path == "/v1/embeddings":
             await asyncio.sleep(FIRST)
@@ -66,6 +69,10 @@ class ScriptedServer:
             return _whole(writer, 400, {"error": {"message": "prompt: refused"}})
         if script == GARBAGE:
             return writer.write(b"SSH-2.0-OpenSSH\r\n\r\n")
+        if script in (BAD_TEXT, CUT_STREAM):  # its end is that of the connection
+            text = b"\xff" if script == BAD_TEXT else b"a"
+            writer.write(b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": [{"text": "%b"}]}\n\n' % text)
+            raise ConnectionError
         if script == HANG:
             await reader.read()  # until the client leaves
             return None
@@ -102,8 +109,8 @@ async def _events(script: int, body: dict[str, Any]) -> AsyncIterator[str]:
     yield "[DONE]"
 
 
-def _whole(writer: asyncio.StreamWriter, status: int, body: dict[str, Any]) -> None:
-    data = json.dumps(body).encode()
+def _whole(writer: asyncio.StreamWriter, status: int, body: dict[str, Any] | bytes) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
     writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(data), data))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from pjengine.bench.startup import PhaseLog
+from pjengine.phases import PhaseLog
 from pjengine.serving.cli import app
 from tests.bench.scripted_server import FAIL, HANG, ScriptedServer, scripted
 from tests.serving.live_server import fake_command, running, wait_for
@@ -62,6 +62,7 @@ def test_serve_against_the_real_server(tmp_path: Path, endpoint: str) -> None:
         assert row["prompt_tokens"] == sum(5 + i for i in range(20))
     assert row["rates"]["good requests"] == row["rates"]["requests"]
     assert (kept["config"]["concurrency"], kept["config"]["rate"]) == (8, "200.0")
+    assert (kept["config"]["workload"], kept["config"]["vocab_size"], kept["config"]["repeat"]) == (work, 160, 1)
     assert "key" not in json.dumps(kept["config"])
 
 
@@ -98,6 +99,9 @@ def test_embeddings(tmp_path: Path, server: ScriptedServer) -> None:
         (["--request-rate", "0"], "request_rate: expected requests per second above 0, or inf, got '0'"),
         (["--request-rate", "nan"], "request_rate: "),
         (["--goodput", "itl:3"], "goodput: "),
+        (["--goodput", "ttft:inf"], "goodput: "),
+        (["--timeout", "inf"], "timeout: expected seconds, got inf"),
+        (["--json", "/no/such/folder/x"], "json: /no/such/folder/x cannot be written"),
         (["--endpoint", "chat", "--texts-per-request", "2"], "endpoint: chat takes one prompt a request"),
         (["--endpoint", "embeddings", "--encoding-format", "int8"], "encoding_format: expected float or base64"),
         (["--endpoint", "images"], "endpoint: expected one of completions, chat, embeddings"),
@@ -129,18 +133,100 @@ def test_startup(tmp_path: Path) -> None:
     assert warm["executables"] < 0.7 * cold["executables"]
     assert kept["device"] == "cpu"
     assert kept["roofline"]["copy_bandwidth"] > 0
+    assert set(kept["versions"]) == {"pjengine", "python", "jax", "jaxlib", "numpy"}
 
 
 def test_host(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     done = run("host", "--model", LLAMA, "--batch", "4,8", "--max-num-seqs", "8", "--steps", "20", "--json", str(file))
     assert done.exit_code == 0, done.output
-    rows = json.loads(file.read_text())["rows"]
+    kept = json.loads(file.read_text())
+    assert (kept["device"], kept["options"]) == ("cpu", {"batch": "4,8", "steps": 20, "temperature": 0.0})
+    rows = kept["rows"]
     assert [row["batch"] for row in rows] == [4, 8]
     assert all(0 < row["median_ms"] <= row["p90_ms"] for row in rows)
     done = run("host", "--model", LLAMA, "--batch", "9", "--max-num-seqs", "8")
     assert done.exit_code == 1
     assert "batch: expected at most max_num_seqs, 8, got 9" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("decode", ["--batch", "0"], "batch: expected counts of at least 1 separated by commas, got '0'"),
+        ("decode", ["--batch", "1,,2"], "batch: expected counts"),
+        ("decode", ["--json", "/no/such/folder/x"], "json: /no/such/folder/x cannot be written"),
+        ("prefill", ["--shapes", "512x"], "shapes: expected LENGTHxCOUNT pairs such as 512x64,2048x32, got '512x'"),
+        ("prefill", ["--shapes", "0x3"], "shapes: "),
+        ("prefill", ["--shapes", "8x2,x"], "shapes: "),
+        ("prefill", ["--shapes", "8x2x2"], "shapes: "),
+        ("throughput", ["--workload", "queries"], "workload: queries: every line needs an output_len of at least 1"),
+        ("throughput", ["--workload", "/no/such"], "workload: expected chat"),
+        ("embed", ["--workload", "queries"], "task: "),
+        ("embed", ["--plot", "/no/such/folder/x.png"], "plot: /no/such/folder/x.png cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_the_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, command: str, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr("pjengine.factory.make_engine", lambda *_: pytest.fail("the engine starts"))
+    done = run(command, "--model", LLAMA, *arguments)
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"pjengine: error: {said}")
+
+
+@pytest.mark.parametrize("arguments", [["decode", "--steps", "0"], ["decode", "--context", "-1"]])
+def test_counts_are_at_least_one(arguments: list[str]) -> None:
+    done = run(*arguments, "--model", LLAMA)
+    assert done.exit_code == 2
+    assert f"Invalid value for '{arguments[1]}'" in done.stderr
+
+
+class TestSmallEngine:
+    """What only the engine knows, with one whose programs are compiled once."""
+
+    @pytest.fixture(autouse=True)
+    def heap_of_a_process_that_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pjengine.heap.freeze_heap", lambda: None)
+
+    OPTIONS = ("--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--num-pages", "8", "--max-model-len", "96")
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["decode", "--batch", "1,5", "--context", "8", "--steps", "4"], "batch: at most max_num_seqs, 4, run"),
+            (["decode", "--batch", "1", "--context", "90", "--steps", "4"], "context, steps: sequences grow to 105"),
+            (["decode", "--batch", "3", "--context", "40", "--steps", "8"], "batch: the KV cache does not hold 3"),
+            (["prefill", "--shapes", "8x2,96x1"], "shapes: prompts may have 95 tokens (max_model_len is 96), got 96"),
+        ],
+    )
+    def test_errors(self, arguments: list[str], said: str) -> None:
+        done = run(*arguments, "--model", LLAMA, *self.OPTIONS)
+        assert done.exit_code == 1
+        assert done.stderr.splitlines()[-1].strip().startswith(f"pjengine: error: {said}")
+
+    @pytest.mark.parametrize(
+        ("row", "said"),
+        [
+            ({"prompt_len": 90, "output_len": 7}, "request 2 has 90 tokens and 7 to generate; max_model_len is 96"),
+            ({"prompt_token_ids": [1, 256], "output_len": 1}, "request 2: token id 256 is outside the vocabulary"),
+        ],
+    )
+    def test_requests_that_the_model_cannot_take(self, tmp_path: Path, row: object, said: str) -> None:
+        work = workload(tmp_path, {"prompt_len": 3, "output_len": 1}, row)
+        done = run("throughput", "--model", LLAMA, "--workload", work, *self.OPTIONS)
+        assert done.exit_code == 1
+        assert f"pjengine: error: workload: {work}: {said}" in done.stderr
+
+    def test_a_workload_of_more_requests_than_may_wait(self, tmp_path: Path) -> None:
+        work, file = workload(tmp_path, *[{"prompt_len": 3, "output_len": 2}] * 20), tmp_path / "out.json"
+        options = ("--workload", work, "--max-waiting", "2", "--json", str(file))
+        done = run("throughput", "--model", LLAMA, *options, *self.OPTIONS)
+        assert done.exit_code == 0, done.output
+        kept = json.loads(file.read_text())
+        assert (kept["rows"][0]["requests"], kept["rows"][0]["output_tokens"]) == (20, 40)
+        assert (kept["config"]["max_waiting"], kept["options"]) == (2, {"workload": work})
 
 
 @pytest.mark.parametrize(
@@ -180,3 +266,14 @@ def test_phases_are_the_marked_records() -> None:
     (a, first), (b, second) = log.ends
     assert (a, b) == ("a", "b")
     assert log.seconds(first - 2.0) == pytest.approx({"a": 2.0, "b": second - first})
+
+
+def test_phases_hide_no_warning_where_nothing_is_configured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = logging.getLogger("pjengine")
+    monkeypatch.setattr(package, "propagate", False)  # pytest has handlers at the root
+    with PhaseLog().attached():
+        logging.getLogger("pjengine.factory").warning("lowered")
+    assert capsys.readouterr().err == "lowered\n"
+    assert package.handlers == []

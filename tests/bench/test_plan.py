@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import pytest
 import typer.testing
 
+from pjengine import LLM
 from pjengine.config import EngineConfig
 from pjengine.device_plan import DEVICES, DevicePlan, plan_device
 from pjengine.errors import ConfigError, OutOfMemory
@@ -82,6 +84,15 @@ def test_encoder() -> None:
     assert found.limits is None
     assert found.memory.weights == pytest.approx(2 * 334e6, rel=0.01)  # 335 M parameters, the pooler's 1 M not read
     assert found.longest == 512
+
+
+def test_the_longest_text_is_that_of_the_engine(tmp_path: Path) -> None:
+    """sentence-transformers' max_seq_length holds unless --max-model-len asks for more."""
+    model = str(shutil.copytree(ROOT / "tests" / "golden" / "sentence-transformer", tmp_path / "model"))
+    Path(model, "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    with LLM(model, max_num_batched_tokens=32) as llm:
+        assert plan(model).longest == llm.info.max_model_len == 20
+    assert plan(model, max_model_len=30).longest == 30
 
 
 def test_what_does_not_fit() -> None:

@@ -19,7 +19,9 @@ from pjengine.bench.serve_trace import Trace, summarize
 from pjengine.bench.workloads import Item
 from pjengine.errors import ConfigError
 from tests.bench.scripted_server import (
+    BAD_TEXT,
     CUT,
+    CUT_STREAM,
     EARLY,
     FAIL,
     FIRST,
@@ -159,6 +161,8 @@ def test_open_loop(server: ScriptedServer) -> None:
         (HANG, "no end within 0.3 s"),
         (NO_USAGE, "the stream ended without its usage (stream_options.include_usage)"),
         (GARBAGE, "no HTTP: the answer begins b'SSH-2.0-OpenSSH'"),
+        (BAD_TEXT, "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (CUT_STREAM, "the stream ended before its usage and [DONE]"),
     ],
 )
 def test_errors_do_not_touch_others(server: ScriptedServer, script: int, said: str) -> None:
@@ -208,6 +212,14 @@ def test_models(server: ScriptedServer) -> None:
         choose_model(address, "x")
     with pytest.raises(ServerUnusable, match="HTTP 404: no such path"):
         choose_model(Address.parse(f"{server.url}/other"), None)
+    for answer, said in (
+        (b'{"data": [{"id": "a"}, {"id": "b"}]}', "the server serves a, b; set --model"),
+        (b'{"data": []}', "the server serves nothing; set --model"),
+        (b'{"data": [{"id": "\xff"}]}', "is not OpenAI's list of models"),
+    ):
+        server.models = answer
+        with pytest.raises(ServerUnusable, match=said):
+            choose_model(address, None)
 
 
 def test_probe(server: ScriptedServer) -> None:
@@ -215,6 +227,8 @@ def test_probe(server: ScriptedServer) -> None:
     assert (len(server.bodies[0]["prompt"]), server.bodies[0]["max_tokens"]) == (8, 2)
     with pytest.raises(ServerUnusable, match="HTTP 400: prompt: refused"):
         probe(options_for(server), Item([REFUSE], 1))
+    with pytest.raises(ServerUnusable, match=r"no end within 0\.2 s"):
+        probe(options_for(server, timeout=0.2), Item([HANG], 1))
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://host:99999", "http://[x"])
@@ -255,9 +269,10 @@ def test_chunks_however_they_are_cut(chunks: list[bytes], cuts: list[int]) -> No
     assert decoder.done
 
 
-def test_chunk_without_size() -> None:
+@pytest.mark.parametrize("data", [b"hello\r\n", b"-10\r\n"])
+def test_chunk_without_size(data: bytes) -> None:
     with pytest.raises(BadResponse, match="a chunk without its size"):
-        ChunkDecoder().feed(b"hello\r\n")
+        ChunkDecoder().feed(data)
 
 
 @given(

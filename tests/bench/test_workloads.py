@@ -36,7 +36,7 @@ def test_seed_changes_the_ids_alone() -> None:
 def test_file(tmp_path: Path) -> None:
     file = tmp_path / "w.jsonl"
     rows = [{"prompt_len": 7, "output_len": 3}, {"prompt_token_ids": [5, 6], "output_len": 2}, {"prompt_len": 1}]
-    file.write_text("\n\n".join(map(json.dumps, rows)))
+    file.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)), "utf-8")  # editors on Windows write such a mark
     drawn, given, embedded = read(str(file), 100)
     assert (len(drawn.prompt_token_ids), drawn.output_len) == (7, 3)
     assert given == Item([5, 6], 2)
@@ -53,6 +53,8 @@ def test_file(tmp_path: Path) -> None:
         ('{"prompt_len": 0}', "prompt_len: expected a count, got 0"),
         ('{"prompt_len": true}', "prompt_len: expected a count, got True"),
         ('{"prompt_len": 2, "output_len": -1}', "output_len: expected a count, got -1"),
+        ('{"prompt_len": 1000000000000}', "prompt_len: expected at most 16777216"),
+        ("[" * 100_000, "not JSON"),
         ('{"prompt_len": 2, "output": 1}', "unknown field 'output'"),
         ('{"prompt_token_ids": []}', "prompt_token_ids: expected a list of token ids"),
         ('{"prompt_token_ids": [1, -2]}', "prompt_token_ids: expected a list of token ids"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -179,6 +182,14 @@ def test_an_eager_start_serves_with_what_is_ready_and_says_the_same() -> None:
     assert eager.runner.step_tokens == 64
 
 
+def test_the_start_is_logged_with_the_time_of_each_phase(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "pjengine"):
+        engine()
+    number = r"\d+\.\d"
+    phases = ", ".join(f"{phase} {number}" for phase in ("memory plan", "weights", "executables", "cache and tables"))
+    assert re.search(rf"ready in {number} s \({phases}\): ", caplog.text)
+
+
 def test_a_step_that_needs_more_than_its_room_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     made = engine()
     runner = made.runner
@@ -200,7 +211,7 @@ def test_a_step_that_needs_more_than_its_room_is_not_used(caplog: pytest.LogCapt
 
 
 def test_eager_buckets_is_a_count() -> None:
-    with pytest.raises(ConfigError, match="eager_buckets: expected an integer from 1 to"):
+    with pytest.raises(ConfigError, match="eager_buckets: expected at least 1"):
         EngineConfig.make(LLAMA, eager_buckets=0)
 
 
@@ -284,3 +295,12 @@ def test_code_and_tables_of_block_sizes_make_other_executables(tmp_path: Path) -
         (tmp_path / name).write_text(text)
         seen.add(source_digest(tmp_path))
     assert len(seen) == 4
+
+
+def test_without_a_place_for_the_default_cache_an_engine_starts_and_says_so() -> None:
+    """As in a container whose home directory cannot be written."""
+    code = "from pjengine.executables import use_compile_cache as use; use(None)"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env["XDG_CACHE_HOME"] = "/dev/null"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "compile_cache: /dev/null/pjengine/compiled cannot be made (Not a directory)" in done.stderr

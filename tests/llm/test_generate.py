@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from pjengine import LLM, ConfigError, EngineDead, InvalidRequest, SamplingParams
 from pjengine.outputs import RequestOutput
 from tests.core.simulated import EOS, VOCAB, alone
+from tests.helpers import GOLDEN
 from tests.llm.conftest import LETTERS, MakeLLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -234,6 +236,24 @@ def test_wrong_params_are_refused_by_name(llm: LLM, params: object, message: str
         generate(llm, ["a", "b"], params)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", 5),
+        ("stop", b"a"),
+        ("bad_words", 5),
+        ("stop_token_ids", 5),
+        ("allowed_token_ids", "12"),
+        ("bad_words_token_ids", 5),
+        ("bad_words_token_ids", [5]),
+        ("logit_bias", [5]),
+    ],
+)
+def test_params_of_a_wrong_type_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}: expected "):
+        SamplingParams(**{field: value})
+
+
 @pytest.mark.parametrize("messages", [[], [[]], "hi", [["hi"]], [{"role": "user", "content": "hi"}, "hi"]])
 def test_wrong_messages_are_refused(llm: LLM, messages: object) -> None:
     if messages == []:
@@ -253,6 +273,38 @@ def test_unknown_option_is_refused(make_llm: MakeLLM) -> None:
         make_llm(max_model_length=5)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_num_seqs": "4"}, "max_num_seqs: expected int or None, got '4'"),
+        ({"max_num_seqs": 4.5}, "max_num_seqs: expected int or None, got 4.5"),
+        ({"max_num_seqs": True}, "max_num_seqs: expected int or None, got True"),
+        ({"max_waiting": None}, "max_waiting: expected int, got None"),
+        ({"num_pages": 2.5}, "num_pages: expected int or None, got 2.5"),
+        ({"page_size": 16.0}, "page_size: expected int or None, got 16.0"),
+        ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization: expected float or None, got '0.9'"),
+        ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization: expected in "),
+        ({"max_wait_ms": math.inf}, "max_wait_ms: expected milliseconds, at least 0, got inf"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching: expected bool, got 'no'"),
+        ({"compile_cache": 5}, "compile_cache: expected str or None, got 5"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"eager_buckets": 0}, "eager_buckets: expected at least 1, got 0"),
+        ({"max_num_batched_tokens": 10**12}, "max_num_batched_tokens: expected at most 1073741824, got 1000000000000"),
+        ({"cpu_kv_bytes": None}, "cpu_kv_bytes: expected int, got None"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(str(GOLDEN / "llama"), **options)
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("model", [None, 5, ["a"]])
+def test_a_model_is_named_by_a_string(model: Any) -> None:
+    with pytest.raises(ConfigError, match="model: expected str, got"):
+        LLM(model)
+
+
 def test_closed_is_closed(make_llm: MakeLLM) -> None:
     with make_llm() as llm:
         generate(llm, "hello")
@@ -260,30 +312,6 @@ def test_closed_is_closed(make_llm: MakeLLM) -> None:
         with pytest.raises(EngineDead, match="closed"):
             use()
     llm.close()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_num_batched_tokens": 10**12}, "max_num_batched_tokens: expected an integer from 1 to"),
-        ({"max_model_len": "512"}, "max_model_len: expected an integer from 1 to .*, got '512'"),
-        ({"max_num_seqs": 1.5}, "max_num_seqs: expected an integer"),
-        ({"num_pages": True}, "num_pages: expected an integer, at least 2"),
-        ({"max_wait_ms": "1"}, "max_wait_ms: expected milliseconds"),
-        ({"max_wait_ms": float("inf")}, "max_wait_ms: expected milliseconds"),
-        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization: expected in"),
-        ({"cpu_kv_bytes": None}, "cpu_kv_bytes: expected an integer above 0"),
-    ],
-)
-def test_options_of_wrong_types(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        LLM("some/model", **options)
-
-
-def test_a_model_that_is_no_name() -> None:
-    for model in (None, 5):
-        with pytest.raises(ConfigError, match="model: expected a directory, file, hub id or embedded name, got"):
-            LLM(model)  # type: ignore[arg-type]
 
 
 def test_progress_bar_counts_requests(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

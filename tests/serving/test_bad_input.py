@@ -157,6 +157,22 @@ def test_completion_fields(server: LiveServer, fields: dict[str, Any], param: st
     check_error(server.post(COMPLETIONS, {"prompt": "a", **fields}), 400, param)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_tokens": -1}, "greater than or equal to 0, got -1"),
+        ({"max_tokens": "many"}, "got 'many'"),
+        ({"n": 10**30}, f"got 1{'0' * 30}"),
+        ({"stream": "x" * 1000}, f"got '{'x' * 59}"),
+        ({"temperature": True}, "got True"),
+    ],
+)
+def test_the_message_holds_the_value(server: LiveServer, fields: dict[str, Any], said: str) -> None:
+    (field,) = fields
+    message = check_error(server.post(COMPLETIONS, {"prompt": "a", **fields}), 400, field)
+    assert message.endswith(said)
+
+
 def test_missing_field(server: LiveServer) -> None:
     check_error(server.post(CHAT, {"model": "fake"}), 400, "messages", "missing_required_parameter")
 

@@ -118,6 +118,10 @@ def test_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
         (["serve", SMOLLM, "--log-level", "loud"], "log_level"),
         (["serve", SMOLLM, "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["generate", "/no/such/model", "a"], "/no/such/model"),
+        (
+            ["generate", SMOLLM, "a", "--compile-cache", "/dev/null/x"],
+            "compile_cache: /dev/null/x cannot be made (Not a",
+        ),
         (["chat", "/no/such/model"], "/no/such/model"),
         (["embed", "/no/such/model", "a"], "/no/such/model"),
         (["embed", "/no/such/model"], "texts"),
