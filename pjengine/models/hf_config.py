@@ -5,9 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pjengine.errors import ModelError
 
 HFConfig = Mapping[str, Any]
+
+_SIZES = (  # as most models spell them, and as DistilBERT does
+    *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("dim", "hidden_dim", "n_layers", "n_heads"),
+)
+
+
+def check_sizes(hf: HFConfig) -> None:
+    """ModelError where a size that is given is no integer of at least 1."""
+    for field in _SIZES:
+        value = hf.get(field)
+        fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+        if value is not None and not fits:
+            raise ModelError(f"{field}: expected an integer of at least 1 in the model's config, got {value!r}")
 
 
 def required(hf: HFConfig, field: str) -> Any:

@@ -18,6 +18,7 @@ from pjengine.errors import ConfigError, ModelError
 from pjengine.models import registry
 from pjengine.models.heads import Head
 from pjengine.models.heads import param_specs as head_specs
+from pjengine.models.hf_config import check_sizes
 from pjengine.models.params import ParamSpec, init_params, is_spec
 from pjengine.models.readers import Joined, TensorReader
 from pjengine.models.safetensors_files import stored_dtype
@@ -61,6 +62,7 @@ def load(name: str, *, dtype: str = "auto", load_format: str = "auto", seed: int
 def model_of(source: Source) -> tuple[ModuleType, Any]:
     """The model module and config of a source; ModelError names a field that cannot be honoured."""
     try:
+        check_sizes(source.config)
         module = registry.get(source.model_type)
         return module, module.Config.from_hf(source.config)
     except (TypeError, ValueError) as error:  # ModelError among them

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjengine import LLM
 from pjengine.errors import ModelError
 from pjengine.models import (
     bert,
@@ -357,3 +360,20 @@ def test_what_cannot_be_honoured_is_refused_by_name(module: Any, fields: dict[st
     module.Config.from_hf(base)
     with pytest.raises(ModelError, match=message):
         module.Config.from_hf(base | fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", 0),
+        ("vocab_size", -1),
+        ("hidden_size", "64"),
+        ("intermediate_size", 1.5),
+        ("max_position_embeddings", True),
+    ],
+)
+def test_a_damaged_size_is_named(field: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": "llama", field: value}))
+    with pytest.raises(ModelError, match=f"config: {field}: expected an integer of at least 1 .*, got {value!r}"):
+        LLM(str(tmp_path), load_format="dummy")
