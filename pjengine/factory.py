@@ -23,7 +23,7 @@ from pjengine.embedding_engine import EmbeddingEngine
 from pjengine.embedding_runner import EmbeddingRunner, embedding_buckets
 from pjengine.engine import Engine
 from pjengine.engine_info import EngineInfo
-from pjengine.errors import OutOfMemory
+from pjengine.errors import KernelUnavailable, OutOfMemory
 from pjengine.executables import ExecutableStore, open_store, use_compile_cache
 from pjengine.kv_cache import CacheGroup, KVCacheManager
 from pjengine.limits import Limits, embedding_tokens, embedding_window, limits_of
@@ -288,7 +288,7 @@ def _check_backends(
         window=specs[0].window,
         gated=_gated(model),
     )
-    return _logged(rows)
+    return _logged(rows, ("paged_attention", "rope_write_kv"), config.attention_backend)
 
 
 def _embedder_backends(config: EngineConfig, model: _Model) -> tuple[tuple[str, str, str], ...]:
@@ -305,12 +305,17 @@ def _embedder_backends(config: EngineConfig, model: _Model) -> tuple[tuple[str, 
         gated=_gated(model),
         stack=shape.stack_spec(dtype) if isinstance(shape, EncoderConfig) else None,
     )
-    return _logged(rows)
+    return _logged(rows, ("packed_attention", "rope_qkv"), config.attention_backend)
 
 
-def _logged(rows: list[tuple[str, str, str]]) -> tuple[tuple[str, str, str], ...]:
+def _logged(rows: list[tuple[str, str, str]], needed: tuple[str, ...], asked: str) -> tuple[tuple[str, str, str], ...]:
+    """Rows of (op, backend, why), written to the log. Raises: KernelUnavailable if nothing serves an op of `needed`."""
     for op, backend, why in rows:
         logger.info("%s: %s%s", op, backend, f" ({why})" if why else "")
+        if backend == "none" and op.startswith(needed):
+            raise KernelUnavailable(
+                f"attention_backend: {asked!r} cannot serve {op} of this model here ({why}); take another, or auto"
+            )
     return tuple(rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -154,6 +155,18 @@ def test_embedding_engines_say_what_serves_them(model: str, ops: list[str], capl
         engine = make_engine(config, progress=False)
     assert [(op, backend) for op, backend, _ in engine.info.backends] == [(op, "reference") for op in ops]
     assert set(f"{op}: reference" for op in ops) <= {record.getMessage() for record in caplog.records}
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "op"), [("llama", "generate", "paged_attention (decode)"), ("bert", "embed", "packed_attention")]
+)
+def test_a_backend_that_cannot_serve_here_is_refused_before_anything_is_compiled(
+    model: str, task: str, op: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig.make(str(GOLDEN / model), task=task, attention_backend="mosaic")
+    with pytest.raises(KernelUnavailable, match=re.escape(f"attention_backend: 'mosaic' cannot serve {op} of")):
+        make_engine(config, progress=False)
+    assert "could not be compiled" not in caplog.text
 
 
 @pytest.fixture
