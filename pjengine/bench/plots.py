@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pjengine.bench.embedding import LoadPoint
@@ -14,12 +13,10 @@ from pjengine.token_budget import CurvePoint
 def require_matplotlib(path: str) -> Any:
     """matplotlib's Figure class.
 
-    Raises: ConfigError where matplotlib is missing, or the path is no PNG file's, or of a folder that is not there.
+    Raises: ConfigError where matplotlib is missing, or the path is no PNG file's.
     """
     if not path.endswith(".png"):
         raise ConfigError(f"plot: expected the name of a .png file, got {path!r}")
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"plot: the folder of {path} is not there; make it first")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

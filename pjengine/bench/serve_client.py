@@ -206,7 +206,16 @@ def _decode(data: bytes) -> _Event:
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadResponse(str(error)) from error
+        text = _is_utf8(data)  # which releases of msgspec say differently
+        raise BadResponse(str(error) if text else "the answer is not UTF-8") from error
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 async def _read_events(response: Response, trace: Trace) -> str | None:
