@@ -6,9 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from pjengine.models.safetensors_files import weight_files
 from pjengine.models.sources import ORBAX_WEIGHTS, Source
 
-_FILES = frozenset({".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja"})
+_SETTINGS = (  # that decide results, beside the weights; a directory may hold others, here and not there
+    *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+_MODULES = ("[0-9]*/config.json", "[0-9]*/*.safetensors")  # of sentence-transformers
 _WHOLE = 1 << 20  # bytes up to which a file is read whole
 _SAMPLES, _SAMPLE = 256, 4096  # of a longer file: how many pieces, spread evenly, of how many bytes
 
@@ -40,9 +45,11 @@ def _files(source: Source) -> Iterator[tuple[str, Path]]:
         yield "", root
         return
     if source.kind == "dummy":
-        yield "config.json", root / "config.json"
-        return
-    for path in root.rglob("*"):
-        name = path.relative_to(root)
-        if (path.suffix in _FILES or name.parts[0] == ORBAX_WEIGHTS) and path.is_file():
-            yield name.as_posix(), path
+        found = [root / _SETTINGS[0]]
+    else:
+        modules = (path for pattern in _MODULES for path in root.glob(pattern))
+        weights = (root / ORBAX_WEIGHTS).rglob("*") if source.kind == "orbax" else weight_files(root)
+        found = [*(root / name for name in _SETTINGS), *modules, *weights]
+    for path in found:
+        if path.is_file():
+            yield path.relative_to(root).as_posix(), path

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pjengine.models.revision import revision
 from pjengine.models.sources import resolve
@@ -28,7 +29,8 @@ def test_equal_where_the_files_are_and_another_where_one_byte_differs(tmp_path: 
     copy = tmp_path / "elsewhere"
     shutil.copytree(BERT, copy)
     assert of(copy) == of(BERT)
-    (copy / "README.md").write_text("A model.")
+    for name in ("README.md", "trainer_state.json"):
+        (copy / name).write_text("{}")
     assert of(copy) == of(BERT)
     weights = copy / "model.safetensors"
     flip(weights, weights.stat().st_size - 1)
@@ -38,12 +40,22 @@ def test_equal_where_the_files_are_and_another_where_one_byte_differs(tmp_path: 
     assert of(copy, "dummy") != of(BERT, "dummy")
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "modules.json", "2_Dense/config.json", "2_Dense/model.safetensors"])
+def test_what_else_decides_results(file: str, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(BERT.parent / "sentence-transformer", copy)
+    before = of(copy)
+    with (copy / file).open("a") as changed:
+        changed.write(" ")
+    assert of(copy) != before
+
+
 def test_large_files_are_sampled(tmp_path: Path) -> None:
     shutil.copy(BERT / "config.json", tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(np.random.default_rng(0).bytes(8 << 20))
     found = [of(tmp_path)]
-    for offset in (0, 5 << 20, (8 << 20) - 1):
-        flip(weights, min(offset, (8 << 20) - (64 << 10)), count=64 << 10)  # as much as a layer has
+    for offset in (0, 5 << 20, (8 << 20) - (64 << 10)):
+        flip(weights, offset, count=64 << 10)  # a small layer's
         found.append(of(tmp_path))
     assert len(set(found)) == len(found)
