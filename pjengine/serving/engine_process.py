@@ -160,7 +160,7 @@ class EngineLoop:
 
     def run(self) -> None:
         for client in self._clients:
-            self._link.send(client, Ready(self._engine.info))
+            self._welcome(client)
         while not self._stopping:
             self._receive()
             if self._engine.has_work:
@@ -184,7 +184,7 @@ class EngineLoop:
                 self._abort(request_id, index)
             case Hello():
                 self._clients.append(client)
-                self._link.send(client, Ready(self._engine.info))
+                self._welcome(client)
             case Left(left):
                 if left in self._clients:
                     self._clients.remove(left)
@@ -193,6 +193,11 @@ class EngineLoop:
             case Stop():
                 self._stopping = True
         self._stats_due = True
+
+    def _welcome(self, client: bytes) -> None:
+        """The figures come first: whoever serves has them, so that no counter seems to fall where a process is new."""
+        self._link.send(client, StatsReport(self._engine.stats()))
+        self._link.send(client, Ready(self._engine.info))
 
     def _add(self, client: bytes, message: Add) -> Accepted | Refused:
         added: list[Request] = []

@@ -169,15 +169,17 @@ class SequenceTimer:
         self._metrics = metrics
         self._arrival = arrival
         self._last: float | None = None
+        self._queued = False
 
     def output(self, output: Output, now: float) -> None:
         """An output that arrived at `now`."""
         metrics = self._metrics
+        if output.timings is not None and not self._queued:  # the first one's; the last one has them too
+            self._queued = True
+            metrics.queued.observe(output.timings.queued)
         if count := len(output.token_ids):
             if self._last is None:
                 metrics.first_token.observe(now - self._arrival)
-                if output.timings is not None:  # also of the last output, where the queue is counted already
-                    metrics.queued.observe(output.timings.queued)
             else:  # tokens that came together share the time they took
                 metrics.inter_token.observe((now - self._last) / count, count)
             self._last = now

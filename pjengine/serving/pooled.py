@@ -64,15 +64,22 @@ async def run_pooled(
         )
     found: dict[str, bytes] = {}
     submission = await context.client.submit(requests)
+    running = len(requests)
     try:
         async for arrived in submission:
             for output, now in arrived:
+                timer = context.metrics.timer(arrival)
+                running -= 1
                 vector = output.embedding if output.logits is None else output.logits
                 if vector is None:
+                    timer.end("error", now)
                     raise GenerationError(output.error or f"the engine ended the request: {output.finish_reason}")
                 found[output.request_id] = vector
-                context.metrics.timer(arrival).end("stop", now)
+                timer.output(output, now)
+                timer.end("stop", now)
     finally:
         submission.close()
+        for _ in range(running):
+            context.metrics.finished("abort")
     joined = b"".join([found[request.request_id] for request in requests])
     return np.frombuffer(joined, "<f4").reshape(len(requests), -1)

@@ -21,7 +21,7 @@ from pjengine.errors import ConfigError, DeadlineExceeded, EngineDead, PJEngineE
 from pjengine.metrics import Stats
 from pjengine.queue.client_link import ClientLink, Item, QueueStatus
 from pjengine.queue.options import QueueOptions
-from pjengine.request import Output, Request
+from pjengine.request import Output, Request, Timings
 from pjengine.serving.engine_client import Submission
 
 logger = logging.getLogger(__name__)
@@ -221,6 +221,10 @@ class QueueClient:
             for output in map(self._decoder.decode, arrived):
                 if (submission := self._submissions.get(output.request_id)) is None:
                     continue  # its client has left
+                if (there := output.timings) is not None:  # the worker's clock began when it claimed the item
+                    submitted = self._late[output.request_id] - self._options.timeout - LATE_SECONDS
+                    queued = now - submitted - (there.finished - there.queued)
+                    output.timings = Timings(queued=queued, first_token=now - submitted, finished=now - submitted)
                 if output.finish_reason == "timeout":
                     submission._fail(DeadlineExceeded(output.error or "timeout"))
                 else:

@@ -61,6 +61,8 @@ def test_requests_are_shared_and_answered(options: QueueOptions, workers: Worker
         assert found["pjengine_queue_workers"] == 2
         assert found["pjengine_queue_submitted_total"] == 302
         assert found["pjengine_queue_claims_total"] >= 300 / 16
+        assert found["pjengine_request_queue_seconds_count"] >= 300
+        assert 0 < found["pjengine_request_queue_seconds_sum"] <= found["pjengine_request_latency_seconds_sum"]
         assert found["pjengine_queue_redelivered_total"] == found['pjengine_queue_waiting{class="query"}'] == 0
 
 

@@ -167,6 +167,7 @@ class FakeEngine:
         if request.params is None:
             output.embedding = struct.pack(f"<{EMBEDDING_SIZE}f", len(prompt), prompt[0], prompt[-1], 0.1)
             output.finish_reason = "stop"
+            output.timings = Timings(queued=0.0, first_token=0.0, finished=time.monotonic() - sequence.arrived)
             return output
         params = request.params
         ends = "<eos>" in sequence.text and not params.ignore_eos and sequence.generated >= len(prompt)

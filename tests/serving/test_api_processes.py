@@ -87,6 +87,15 @@ def test_metrics_are_those_of_all_processes(several: LiveServer) -> None:
     assert found == {str(before + 20)}
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_process_knows_the_figures_before_it_listens(processes: int) -> None:
+    """Else a scrape of a process that has just taken another's place would see counters fall."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with running(fake_command(api_processes=processes)) as live, httpx.Client(limits=limits) as http:
+        found = [http.get(f"{live.url}/metrics").text for _ in range(9)]
+    assert all("pjengine_kv_cache_total_pages 1000.0" in text for text in found)
+
+
 def test_an_api_process_that_dies_is_replaced_and_the_engine_is_not(fresh: LiveServer) -> None:
     engine, *others = children(fresh)
     pool = ThreadPoolExecutor(24)

@@ -6,6 +6,7 @@ import base64
 import struct
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -122,6 +123,24 @@ def test_a_failing_input_fails_the_request_alone(embedder: LiveServer) -> None:
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "this request cannot be computed"
     assert embedder.post("/v1/embeddings", {"input": "a"}).status_code == 200
+
+
+def test_metrics_of_every_end() -> None:
+    def ends(found: dict[str, float]) -> dict[str, float]:
+        names = [f'requests_finished_total{{finish_reason="{reason}"}}' for reason in ("stop", "error", "abort")]
+        names += ["request_latency_seconds_count", "request_queue_seconds_count"]
+        return {name: found[f"pjengine_{name}"] for name in names}
+
+    with running(fake_command(engine={"kind": "embed", "step_seconds": 0.2, "max_running": 2})) as live:
+        assert live.post("/v1/embeddings", {"input": ["a", "b", "c"]}).status_code == 200
+        assert list(ends(live.wait_idle()).values()) == [3, 0, 0, 3, 3]
+        assert live.post("/v1/embeddings", {"input": ["<fail>", "a", "b"]}).status_code == 500
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{live.url}/v1/embeddings", json={"input": ["a"] * 20}, timeout=0.7)
+        live.wait_idle()
+        found = ends(live.metrics())
+        assert sum(list(found.values())[:3]) == 3 + 3 + 20
+        assert found['requests_finished_total{finish_reason="error"}'] == 1
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_equal_to_sentence_transformers(minilm: LiveServer) -> None:
     np.testing.assert_allclose(embed(minilm, [texts[i] for i in short], "float"), found[short], rtol=0, atol=1e-6)
 
 
+def test_the_knee_is_told_at_once(minilm: LiveServer) -> None:
+    found = minilm.metrics()
+    assert found["pjengine_batch_budget_tokens"] == found["pjengine_knee_tokens"] > 0
+    assert found["pjengine_knee_seconds"] > 0
+
+
 def test_token_ids_are_taken_as_they_are(minilm: LiveServer) -> None:
     texts = ["a red apple", "the theory of relativity"]
     ids = [minilm.post("/tokenize", {"prompt": text}).json()["tokens"] for text in texts]
