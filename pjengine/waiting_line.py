@@ -1,4 +1,4 @@
-"""WaitingLine: who is packed next. Two classes, order of arrival in each, whole sequences up to a token budget."""
+"""WaitingLine: who is packed next. Two classes, by priority and arrival in each, whole sequences up to a budget."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class Entry(NamedTuple):
 
 
 class WaitingLine:
-    """Requests in order of arrival, by class: queries go first, documents get what they leave.
+    """Requests by class: queries go first, documents get what they leave. In a class lower priorities go first, equal
+    ones in order of arrival.
 
-    Nothing starves: what is passed over because it is too long for the rest of a batch stands first in the next one,
-    and a document that queries kept out of PATIENCE batches goes before them.
+    Among equal priorities nothing starves: what is passed over because it is too long for the rest of a batch stands
+    first in the next one, and a document that queries kept out of PATIENCE batches goes before them.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,8 @@ class WaitingLine:
         self._documents: dict[str, Entry] = {}
         self._classes = {"query": self._queries, "document": self._documents}
         self._tokens = {"query": 0, "document": 0}  # of the requests that wait
+        self._highest = {"query": 0, "document": 0}  # priority of those that wait, at least
+        self._unsorted: set[str] = set()  # classes in which a lower priority came behind a higher one
         self._passed = 0  # batches that the oldest document has seen go
 
     def __len__(self) -> int:
@@ -49,12 +52,17 @@ class WaitingLine:
 
     @property
     def oldest(self) -> float:
-        """The earliest arrival; infinity where nothing waits."""
+        """The earliest arrival of those that stand first; infinity where nothing waits."""
         return min((_head(entries).arrival for entries in self._classes.values() if entries), default=float("inf"))
 
     def add(self, request: Request, arrival: float) -> None:
         entry = Entry(request, arrival, len(request.prompt_token_ids))
-        self._classes[request.input_type][request.request_id] = entry
+        entries = self._classes[request.input_type]
+        if not entries or request.priority >= self._highest[request.input_type]:
+            self._highest[request.input_type] = request.priority
+        else:
+            self._unsorted.add(request.input_type)
+        entries[request.request_id] = entry
         self._tokens[request.input_type] += entry.tokens
 
     def remove(self, request_id: str) -> None:
@@ -65,6 +73,7 @@ class WaitingLine:
 
     def take(self, budget: int, max_rows: int) -> list[Entry]:
         """Takes out the next batch: at most `budget` tokens and `max_rows` requests, or one request of more tokens."""
+        self._sort()
         batch: list[Entry] = []
         queries, documents = self._queries, self._documents
         oldest = _head(documents) if documents else None
@@ -77,6 +86,15 @@ class WaitingLine:
         waits = oldest is not None and oldest.request.request_id in documents
         self._passed = self._passed + 1 if waits else 0
         return batch
+
+    def _sort(self) -> None:
+        """Once a batch, since few requests bring a priority, and many may wait."""
+        for input_type in self._unsorted:
+            entries = self._classes[input_type]
+            ordered = sorted(entries.values(), key=lambda entry: entry.request.priority)
+            entries.clear()
+            entries.update((entry.request.request_id, entry) for entry in ordered)
+        self._unsorted.clear()
 
     def _fill(self, entries: dict[str, Entry], left: int, rows: int, batch: list[Entry]) -> None:
         passed = 0

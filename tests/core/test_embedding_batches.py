@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -115,6 +116,17 @@ def test_each_text_is_embedded_once(texts: list[tuple[int, str]], steps: int) ->
         assert tokens <= BUDGET or len(batch.sequences) == 1
     assert engine.stats().running == engine.stats().waiting == 0
     assert engine.stats().step_tokens == sum(tokens for tokens, _ in texts)
+
+
+def test_lower_priorities_go_first() -> None:
+    engine, device = make()
+    priorities = [0, 0, 2, 0, -1, 2, 1, -1]
+    for i, priority in enumerate(priorities):
+        one = request(i, 60, "document" if i == 4 else "query")
+        engine.add(msgspec.structs.replace(one, priority=priority))
+    drain(engine)
+    order = [s[0] for batch in device.batches for s in batch.sequences]
+    assert order == [7, 0, 1, 3, 6, 2, 5, 4], "4 is a document"
 
 
 def test_a_backlog_fills_batches_and_keeps_the_device_busy() -> None:
