@@ -79,13 +79,14 @@ class Engine:
 
         Raises:
           InvalidRequest: it cannot run on this model; no other request is affected.
-          EngineOverloaded: `max_waiting` sequences wait already.
+          EngineOverloaded: `max_waiting` sequences wait already, beside those that run or have a place to.
         """
         params = self._check(request)
         prompt = request.prompt_token_ids
-        if self.scheduler.num_waiting + params.n > self.max_waiting + self.scheduler.max_num_seqs:
+        running, waiting = len(self.scheduler.running), self.scheduler.num_waiting
+        if running + waiting + params.n > self.max_waiting + self.scheduler.max_num_seqs:
             raise EngineOverloaded(
-                f"{self.scheduler.num_waiting} sequences are waiting (max_waiting is {self.max_waiting}); retry later"
+                f"{running} sequences are running and {waiting} waiting (max_waiting: {self.max_waiting}); retry later"
             )
         max_tokens = params.max_tokens or self.info.max_model_len - len(prompt)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed

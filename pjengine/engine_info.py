@@ -14,6 +14,7 @@ class EngineInfo:
       embedding_size: elements of an embedding; 0 for the other kinds.
       labels: of "classify": names of the classes in the order of the logits; of a reranker one, its score.
       activation: of "classify": one of `pjengine.activations.ACTIVATIONS`, which makes scores of the logits.
+      max_num_seqs: of "generate": most sequences in a step.
       token_types: how many values `Request.token_type_ids` may take; 0: the engine takes none.
       backends: (op, backend, why) as printed at start-up.
       revision: of an embedder's or classifier's files (`pjengine.models.revision`); "": not looked at.
@@ -31,5 +32,6 @@ class EngineInfo:
     dtype: str = "float32"
     device: str = "cpu"
     page_size: int = 0
+    max_num_seqs: int = 0
     backends: tuple[tuple[str, str, str], ...] = ()
     revision: str = ""

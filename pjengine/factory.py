@@ -151,6 +151,7 @@ def _make_generator(config: EngineConfig, model: _Model, progress: bool) -> Engi
         dtype=model.dtype.name,
         device=jax.devices()[0].device_kind,
         page_size=limits.page_size,
+        max_num_seqs=limits.max_num_seqs,
         backends=backends,
     )
     scheduler = Scheduler(cache, limits.max_num_seqs, runner.step_tokens, runner.programs.shape.step_sizes)

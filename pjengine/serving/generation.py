@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from pjengine.detokenizer import Detokenizer
+from pjengine.errors import InvalidRequest
 from pjengine.prompts import engine_params
 from pjengine.request import Output, Request, TokenLogprobs
 from pjengine.request_checks import check_max_tokens, check_prompt
@@ -140,6 +141,13 @@ class Generation:
         for prompt in prompts:
             check_prompt(prompt.token_ids, context.info, field=prompt_field)
             check_max_tokens(params, len(prompt.token_ids), context.info, field=max_tokens_field)
+        sequences, most = len(prompts) * params.n, context.info.max_num_seqs + context.max_waiting
+        if sequences > most:  # all are taken or none: these never could be
+            raise InvalidRequest(
+                f"{sequences} sequences, but at most {most} may run and wait here (--max-num-seqs, --max-waiting); "
+                "send fewer in a request",
+                code="too_many_inputs",
+            )
         requests = [
             Request(
                 request_id=uuid.uuid4().hex,

@@ -4,6 +4,8 @@ alone.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from types import SimpleNamespace
 from typing import Never
 from unittest import mock
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pjengine.engine import Engine
-from pjengine.errors import InvalidRequest
+from pjengine.errors import EngineOverloaded, InvalidRequest
 from pjengine.request import Output, Request
 from pjengine.sampling_params import SamplingParams
 from tests.core.simulated import EOS, VOCAB, alone, make_engine
@@ -197,6 +199,24 @@ def test_a_higher_priority_runs_first_and_is_preempted_last() -> None:
     while engine.has_work:
         order += [output.request_id for output in engine.step()]
     assert order == ["high", "middle", "low"]
+
+
+def test_no_more_wait_than_may() -> None:
+    engine = make_engine([None], pages=64, page_size=4, slots=2, budget=32)
+    engine.max_waiting = 3
+    names = itertools.count()
+
+    def fill() -> list[int]:
+        """The sequences that run and that wait once no more are taken."""
+        params = SamplingParams(max_tokens=8, ignore_eos=True)
+        with contextlib.suppress(EngineOverloaded):
+            for _ in range(20):
+                engine.add(Request(request_id=str(next(names)), prompt_token_ids=[1, 2], params=params))
+        return [engine.stats().running, engine.stats().waiting]
+
+    assert fill() == [0, 5]  # two of which run with the next step
+    engine.step()
+    assert fill() == [2, 3]
 
 
 def test_decoding_goes_on_beside_a_long_prompt() -> None:

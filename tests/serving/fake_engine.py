@@ -98,6 +98,7 @@ class FakeEngine:
             embedding_size=EMBEDDING_SIZE if kind == "embed" else 0,
             labels=labels,
             activation="" if kind != "classify" else "sigmoid" if len(labels) == 1 else "softmax",
+            max_num_seqs=max_running if kind == "generate" else 0,
             token_types=2 if kind == "classify" else 0,
         )
         self._max_waiting = config.max_waiting

@@ -319,6 +319,10 @@ class TestOverload:
                 stream.close()
             small.wait_idle()
             assert small.post(COMPLETIONS, {"prompt": ["a", "b"], "max_tokens": 1}).status_code == 200
+            for body in ({"prompt": ["a", "b", "c"]}, {"prompt": "a", "n": 3, "stream": True}):  # not told to retry
+                answer = small.post(COMPLETIONS, body)
+                check_error(answer, 400, None, "too_many_inputs")
+                assert "at most 2 may run and wait here" in answer.json()["error"]["message"]
 
 
 def _peak_memory(server: LiveServer) -> int:
