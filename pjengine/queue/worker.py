@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def make_default_engine(config: EngineConfig) -> BatchEngine:
 
     if generates(config):
         raise ConfigError(f"model: {config.model} generates text; the queue is for models that embed or classify")
-    return cast(BatchEngine, make_engine(config))
+    return cast(BatchEngine, make_engine(config, progress=sys.stderr.isatty()))
 
 
 def run_worker(options: QueueOptions, config: EngineConfig, make_engine: MakeEngine = make_default_engine) -> int:

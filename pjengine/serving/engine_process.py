@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -65,10 +66,10 @@ FIRST_CLIENT = "api0"  # the name of the process that starts the engine's
 
 
 def make_default_engine(config: EngineConfig) -> EngineLike:
-    """The real engine; imports JAX, so only the engine's process calls this."""
+    """The real engine; imports JAX, so only the engine's process calls this. No progress bar is drawn into a log."""
     from pjengine.factory import make_engine
 
-    return make_engine(config)
+    return make_engine(config, progress=sys.stderr.isatty())
 
 
 def run_engine(make_engine: MakeEngine, config: EngineConfig, address: str, log_level: str) -> None:

@@ -45,7 +45,8 @@ def test_equal_to_sentence_transformers(minilm: LiveServer) -> None:
     np.testing.assert_allclose(embed(minilm, [texts[i] for i in short], "float"), found[short], rtol=0, atol=1e-6)
 
 
-def test_the_knee_is_told_at_once(minilm: LiveServer) -> None:
+def test_the_log_is_lines_and_the_knee_is_told_at_once(minilm: LiveServer) -> None:
+    assert "\r" not in minilm.log, "no progress bars where nobody looks"
     found = minilm.metrics()
     assert found["pjengine_batch_budget_tokens"] == found["pjengine_knee_tokens"] > 0
     assert found["pjengine_knee_seconds"] > 0
