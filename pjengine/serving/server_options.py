@@ -36,10 +36,14 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
-        _require(self.api_key is None or self.api_key.strip() != "", "api_key", self.api_key, "a key that is not empty")
+        key = self.api_key
+        if key is not None and (not key.isprintable() or key.strip() != key or not key):  # no header could bring it
+            raise ConfigError(
+                "api_key: expected a key of printable characters, not empty, without spaces or a newline at its ends"
+            )
         _require(1 <= self.api_processes <= 256, "api_processes", self.api_processes, "1 to 256")
         _require(self.max_body_bytes > 0, "max_body_bytes", self.max_body_bytes, "above 0")
-        _require(self.shutdown_grace >= 0, "shutdown_grace", self.shutdown_grace, "at least 0")
+        _require(0 <= self.shutdown_grace <= 86400, "shutdown_grace", self.shutdown_grace, "0 to 86400 seconds")
         _require(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
 
 

@@ -115,6 +115,8 @@ def test_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
         (["serve", SMOLLM, "--dtype", "int3"], "dtype: expected one of auto, float32"),
         (["serve", SMOLLM, "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization"),
         (["serve", SMOLLM, "--api-key", ""], "api_key"),
+        (["serve", SMOLLM, "--api-key", "secret\n"], "api_key: expected a key of printable characters"),
+        (["serve", SMOLLM, "--shutdown-grace", "inf"], "shutdown_grace: expected 0 to 86400"),
         (["serve", SMOLLM, "--log-level", "loud"], "log_level"),
         (["serve", SMOLLM, "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["generate", "/no/such/model", "a"], "/no/such/model"),
