@@ -70,13 +70,20 @@ def options_for(server: ScriptedServer, **changes: object) -> ServeOptions:
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_known_delays_are_measured(server: ScriptedServer, endpoint: str) -> None:
-    traces = load(server, [Item([20, 21, 22], 11)] * 5, endpoint=endpoint)
-    assert [t.error for t in traces] == [None] * 5
-    for t in traces:
-        assert (t.prompt_tokens, t.output_tokens, len(t.arrivals)) == (3, 11, 11)
-        assert t.ttft == pytest.approx(FIRST + SLACK / 2, abs=SLACK / 2)
-        assert t.tpot == pytest.approx(GAP + SLACK / 20, abs=SLACK / 20)
-        assert t.e2el >= FIRST + 10 * GAP
+    firsts, gaps = [], []
+    for _ in range(3):
+        traces = load(server, [Item([20, 21, 22], 11)] * 5, endpoint=endpoint)
+        assert [t.error for t in traces] == [None] * 5
+        for t in traces:
+            assert (t.prompt_tokens, t.output_tokens, len(t.arrivals)) == (3, 11, 11)
+            assert t.e2el >= FIRST + 10 * GAP
+        firsts.append([t.ttft or 0 for t in traces])
+        gaps.append([t.tpot or 0 for t in traces])
+    assert min(map(min, firsts)) >= FIRST
+    assert min(map(min, gaps)) >= GAP
+    # A busy machine adds delays of its own, but hardly each time.
+    assert min(map(max, firsts)) <= FIRST + SLACK
+    assert min(map(max, gaps)) <= GAP + SLACK / 10
     assert all(b"Authorization: Bearer key\r\n" in head for head in server.heads)
 
 
