@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,7 @@ def test_scores_of_pairs(name: str) -> None:
         with pytest.raises(InvalidRequest, match=r"instruction: .* reads none"):  # the reranker's template has no place
             llm.score(query, texts, instruction="judge")
         with pytest.raises(InvalidRequest, match="instruction: expected a string, got 5"):
-            llm.score(query, texts, instruction=5)  # type: ignore[arg-type]
+            llm.score(query, texts, instruction=cast(Any, 5))
         for field, queries, documents in (
             ("queries[1]", ["a", "\ud800"], ["b", "c"]),
             ("documents[1]", "a", ["b", "\ud800"]),
