@@ -28,6 +28,7 @@ from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
 from pjengine.pallas_kernels.gated_mlp import mosaic as mosaic_gated
 from pjengine.pallas_kernels.packed import long_steps, mosaic_long, mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_step, decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
+from pjengine.pallas_kernels.persistent_product import mosaic as mosaic_product
 
 
 class _Accumulator:
@@ -253,6 +254,7 @@ def interpreted() -> Iterator[None]:
             mosaic_long,
             long_steps,
             mosaic_gated,
+            mosaic_product,
         )
         for module in (flash, flash_joint, mosaic_common, tiles, *kernels):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():

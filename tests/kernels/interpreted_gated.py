@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjengine.models.layers import swiglu
-from pjengine.pallas_kernels.gated_mlp.mosaic import GatedConfig, gated_product
+from pjengine.pallas_kernels.gated_mlp.mosaic import gated_product
+from pjengine.pallas_kernels.persistent_product.tiles import ProductConfig
 from tests.kernels.interpreted import interpreted
 from tests.kernels.ragged_cases import relative_error
 
@@ -21,7 +22,7 @@ def check(tokens: int, hidden: int, mlp: int, *, sms: int, group: int = 4, warpg
         jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((tokens, hidden), (hidden, 2 * mlp))
     )
     with interpreted():
-        config = GatedConfig(sms, cluster=1, warpgroups=warpgroups, stages=3, group=group)
+        config = ProductConfig(sms, cluster=1, warpgroups=warpgroups, stages=3, group=group)
         out = gated_product(x, weight, config=config)
         jax.block_until_ready(out)
     expected = swiglu(jnp.dot(x.astype(jnp.float32), weight.astype(jnp.float32), precision="highest"))

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.flash import TILE
-from pjengine.pallas_kernels.gated_mlp.tiles import COLUMNS, config_for, tiling_of
 from pjengine.pallas_kernels.packed.mosaic_short import ShortConfig, fitted
 from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
 from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
+from pjengine.pallas_kernels.persistent_product.tiles import config_for, tiling_of
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.work_items import query_items
 
@@ -226,14 +226,14 @@ def test_query_items_cover_each_query_once(counts: list[int], size: int) -> None
 
 
 @SETTINGS
-@given(tokens=st.integers(1, 5000), mlp_tiles=st.integers(1, 40), sms=st.integers(2, 140))
-def test_every_tile_of_a_gated_product_is_computed_once(tokens: int, mlp_tiles: int, sms: int) -> None:
+@given(tokens=st.integers(1, 5000), blocks=st.integers(1, 40), sms=st.integers(2, 140))
+def test_every_tile_of_a_product_is_computed_once(tokens: int, blocks: int, sms: int) -> None:
     config = config_for(tokens, Target("gpu", 90, sms))
-    tiling = tiling_of(tokens, mlp_tiles * COLUMNS, config)
+    tiling = tiling_of(tokens, blocks, config)
     rows, columns = (np.asarray(x) for x in tiling.place(jnp.arange(tiling.rows * tiling.columns, dtype=jnp.int32)))
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == list(np.ndindex(tiling.rows, tiling.columns))
     beside = config.cluster if config.beside else 1
-    assert tiling.columns * beside >= mlp_tiles > (tiling.columns - 1) * beside
+    assert tiling.columns * beside >= blocks > (tiling.columns - 1) * beside
     below = config.rows * config.cluster // beside
     assert tiling.rows * below >= tokens > (tiling.rows - 1) * below
     assert tiling.workers * tiling.rounds >= tiling.rows * tiling.columns

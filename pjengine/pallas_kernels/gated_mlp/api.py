@@ -7,7 +7,8 @@ import importlib
 import jax
 
 from pjengine.pallas_kernels.backends import Target, current_target
-from pjengine.pallas_kernels.gated_mlp.tiles import config_for, pays
+from pjengine.pallas_kernels.gated_mlp.tiles import pays
+from pjengine.pallas_kernels.persistent_product.tiles import config_for
 from pjengine.pallas_kernels.specs import GatedSpec
 
 
