@@ -31,15 +31,17 @@ from pjengine.memory_plan import GIB, RESERVE, MemoryPlan, device_budget
 from pjengine.model_runner import ModelRunner
 from pjengine.models.decoder import DecoderConfig
 from pjengine.models.encoder import EncoderConfig
+from pjengine.models.glu_encoder import GLUEncoderConfig
 from pjengine.models.heads import Head
 from pjengine.models.loading import choose_dtype, load_source, model_of, weight_specs
+from pjengine.models.modernbert import Config as ModernBertConfig
 from pjengine.models.params import is_spec
 from pjengine.models.revision import revision
 from pjengine.models.rope import Rope
 from pjengine.models.sources import Source, resolve
 from pjengine.models.tasks import head_of
 from pjengine.pallas_kernels import describe_backends, describe_embedder_backends
-from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, RotationSpec
+from pjengine.pallas_kernels.specs import AttentionSpec, GatedSpec, QKVSpec, RotationSpec
 from pjengine.phases import PhaseLog
 from pjengine.scheduler import Scheduler
 from pjengine.step_inputs import CacheSpec
@@ -288,6 +290,7 @@ def _check_backends(
         backend=config.attention_backend,
         window=specs[0].window,
         gated=_gated(model),
+        qkv=_qkv(model, specs[0].kv_heads, specs[0].head_dim, model.dtype.name),
     )
     return _logged(rows, ("paged_attention", "rope_write_kv"), config.attention_backend)
 
@@ -304,6 +307,7 @@ def _embedder_backends(config: EngineConfig, model: _Model) -> tuple[tuple[str, 
         backend=config.attention_backend,
         rotation=RotationSpec(shape.num_heads, kv_heads, head_dim, dtype) if rotates else None,
         gated=_gated(model),
+        qkv=_qkv(model, kv_heads, head_dim) if rotates else None,
         stack=shape.stack_spec(dtype) if isinstance(shape, EncoderConfig) else None,
     )
     return _logged(rows, ("packed_attention", "rope_qkv"), config.attention_backend)
@@ -326,6 +330,14 @@ def _gated(model: _Model) -> GatedSpec | None:
     if not isinstance(config, DecoderConfig) or config.mlp_bias:
         return None
     return GatedSpec(config.hidden_size, config.mlp_size, model.dtype.name)
+
+
+def _qkv(model: _Model, kv_heads: int, head_dim: int, kv_dtype: str | None = None) -> QKVSpec | None:
+    """The projection of the models whose layers ask for `qkv_product`."""
+    config = model.config
+    if not isinstance(config, DecoderConfig | GLUEncoderConfig | ModernBertConfig):
+        return None
+    return QKVSpec(config.hidden_size, config.num_heads, kv_heads, head_dim, model.dtype.name, kv_dtype)
 
 
 def _budget(config: EngineConfig, model: _Model, specs: tuple[CacheSpec, ...], limits: Limits) -> int:

@@ -14,7 +14,7 @@ from pjengine.models.hf_config import HFConfig, allow, head_dim, required
 from pjengine.models.layers import causal_attention_qkv, linear, linear_swiglu, unembed
 from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.rope import Rope
-from pjengine.pallas_kernels import rms_norm
+from pjengine.pallas_kernels import Projection, rms_norm
 from pjengine.step_inputs import CacheSpec, KVCache, LayerCache, StepInputs
 
 
@@ -160,19 +160,17 @@ def _layer(
     window: int | None,
     group: int,
 ) -> tuple[jax.Array, LayerCache | None]:
-    qkv = linear(_norm(x, layer["attn_norm"], config, inputs), layer["qkv"], layer.get("qkv_bias"))
-    attended, pages = causal_attention_qkv(
-        qkv.reshape(x.shape[0], -1, config.head_dim),
-        config.num_kv_heads,
-        rotation,
-        inputs,
-        pages,
-        window=window,
-        group=group,
+    projection = Projection(
+        weight=layer["qkv"],
+        bias=layer.get("qkv_bias"),
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
         q_norm=layer.get("q_norm"),
         k_norm=layer.get("k_norm"),
         eps=config.rms_norm_eps,
     )
+    y = _norm(x, layer["attn_norm"], config, inputs)
+    attended, pages = causal_attention_qkv(y, projection, rotation, inputs, pages, window=window, group=group)
     x = x + linear(attended.reshape(x.shape[0], -1), layer["o"], layer.get("o_bias"))
     y = _norm(x, layer["mlp_norm"], config, inputs)
     y = linear_swiglu(y, layer["gate_up"], layer.get("gate_up_bias"), backend=inputs.backend)

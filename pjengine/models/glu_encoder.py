@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pjengine.models.layers import attention_qkv, linear
 from pjengine.models.params import ParamSpec, linear_specs, norm_specs
 from pjengine.models.rope import Rope
-from pjengine.pallas_kernels import layer_norm
+from pjengine.pallas_kernels import Projection, layer_norm
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -124,8 +124,9 @@ def _layer(
     inputs: StepInputs,
     config: GLUEncoderConfig,
 ) -> jax.Array:
-    qkv = linear(x, layer["qkv"], layer.get("qkv_bias")).reshape(x.shape[0], 3 * config.num_heads, -1)
-    attended = attention_qkv(qkv, config.num_heads, rotation, inputs)
+    heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
+    projection = Projection(weight=layer["qkv"], bias=layer.get("qkv_bias"), kv_heads=heads, head_dim=head_dim)
+    attended = attention_qkv(x, projection, rotation, inputs)
     x = _norm(
         x + linear(attended.reshape(x.shape), layer["o"], layer.get("o_bias")), layer, "attn_norm", config, inputs
     )

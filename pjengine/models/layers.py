@@ -10,12 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjengine.pallas_kernels import (
+    Projection,
     gated_product,
     packed_attention_qkv,
     paged_attention,
+    qkv_product,
+    qkv_product_paged,
     rope_qkv,
     rope_write_kv_qkv,
     serves_gated_product,
+    serves_qkv_product,
 )
 from pjengine.step_inputs import LayerCache, StepInputs
 
@@ -87,63 +91,73 @@ def split_heads(qkv: jax.Array, num_heads: int, num_kv_heads: int) -> tuple[jax.
 
 
 def causal_attention_qkv(
-    qkv: jax.Array,
-    num_kv_heads: int,
+    x: jax.Array,
+    projection: Projection,
     rotation: tuple[jax.Array, jax.Array],
     inputs: StepInputs,
     pages: LayerCache | None,
     *,
     window: int | None,
     group: int,
-    q_norm: jax.Array | None = None,
-    k_norm: jax.Array | None = None,
-    eps: float = 1e-6,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """Rotates q and k and attends, over the layer's pages or, where those are None, inside the step's own tokens.
+    """Attends, q and k rotated, over the layer's pages or, where those are None, inside the step's own tokens.
 
     Args:
-      qkv: [T, heads + 2 * num_kv_heads, head_dim]: the heads of q, then those of k, then those of v, not yet rotated.
+      x: [T, hidden], of which the projection makes q, k and v.
       rotation: cos and sin, float32 [T, head_dim // 2].
       window: as in CacheSpec.
       group: which of the inputs' write slots and block tables are the layer's.
-      q_norm, k_norm: [head_dim], weights of an RMS norm of each head before rotation, or both None; eps: of the norm.
     Returns: [T, heads, head_dim], and the pages with this step's k and v written; those passed in are dead (donated).
     """
-    norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
     if pages is None:
-        return attention_qkv(qkv, num_kv_heads, rotation, inputs, causal=True, window=window, **norms), None
-    q, k_pages, v_pages = rope_write_kv_qkv(
-        qkv, *rotation, pages.k, pages.v, inputs.write_slots[group], **norms, backend=inputs.backend
-    )
+        return attention_qkv(x, projection, rotation, inputs, causal=True, window=window), None
+    written = (*rotation, pages.k, pages.v, inputs.write_slots[group])
+    if serves_qkv_product(x, projection, pages.k, backend=inputs.backend):
+        q, k_pages, v_pages = qkv_product_paged(x, projection, *written)
+    else:
+        qkv = _project(x, projection)
+        q, k_pages, v_pages = rope_write_kv_qkv(qkv, *written, **_norms(projection), backend=inputs.backend)
     return _attend_pages(q, LayerCache(k_pages, v_pages), inputs, window, group)
 
 
 def attention_qkv(
-    qkv: jax.Array,
-    num_kv_heads: int,
+    x: jax.Array,
+    projection: Projection,
     rotation: tuple[jax.Array, jax.Array],
     inputs: StepInputs,
     *,
     causal: bool = False,
     window: int | None = None,
-    **norms: Any,
 ) -> jax.Array:
-    """Rotates q and k and attends inside each of the step's sequences: [T, heads, head_dim].
+    """Attends inside each of the step's sequences, q and k rotated: [T, heads, head_dim].
 
     Args:
-      qkv, rotation, norms: as in `causal_attention_qkv`.
+      x, projection, rotation: as in `causal_attention_qkv`.
       causal, window: as in `packed_attention`.
     """
-    qkv = rope_qkv(qkv, *rotation, kv_heads=num_kv_heads, **norms, backend=inputs.backend)
+    if serves_qkv_product(x, projection, backend=inputs.backend):
+        qkv = qkv_product(x, projection, *rotation)
+    else:
+        kv_heads, norms = projection.kv_heads, _norms(projection)
+        qkv = rope_qkv(_project(x, projection), *rotation, kv_heads=kv_heads, **norms, backend=inputs.backend)
     return packed_attention_qkv(
         qkv,
         inputs.query_starts,
-        kv_heads=num_kv_heads,
-        scale=qkv.shape[-1] ** -0.5,
+        kv_heads=projection.kv_heads,
+        scale=projection.head_dim**-0.5,
         causal=causal,
         window=window,
         backend=inputs.backend,
     )
+
+
+def _project(x: jax.Array, projection: Projection) -> jax.Array:
+    """[T, heads + 2 * kv_heads, head_dim], neither normalised nor rotated."""
+    return linear(x, projection.weight, projection.bias).reshape(x.shape[0], -1, projection.head_dim)
+
+
+def _norms(projection: Projection) -> dict[str, Any]:
+    return {"q_norm": projection.q_norm, "k_norm": projection.k_norm, "eps": projection.eps}
 
 
 def _attend_pages(

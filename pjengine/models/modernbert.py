@@ -13,7 +13,7 @@ from pjengine.models.hf_config import HFConfig, allow, head_dim, layer_windows, 
 from pjengine.models.layers import attention_qkv, geglu, linear
 from pjengine.models.params import ParamSpec, linear_specs
 from pjengine.models.rope import Rope, layer_ropes
-from pjengine.pallas_kernels import layer_norm
+from pjengine.pallas_kernels import Projection, layer_norm
 from pjengine.step_inputs import CacheSpec, KVCache, StepInputs
 
 
@@ -158,8 +158,9 @@ def _layer(
     window: int | None,
 ) -> jax.Array:
     y = _norm(x, layer["attn_norm"], config, inputs) if "attn_norm" in layer else x
-    qkv = linear(y, layer["qkv"]).reshape(x.shape[0], 3 * config.num_heads, -1)
-    attended = attention_qkv(qkv, config.num_heads, rotation, inputs, window=window)
+    heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
+    projection = Projection(weight=layer["qkv"], kv_heads=heads, head_dim=head_dim)
+    attended = attention_qkv(y, projection, rotation, inputs, window=window)
     x = x + linear(attended.reshape(x.shape), layer["o"])
     gate_up = linear(_norm(x, layer["mlp_norm"], config, inputs), layer["gate_up"])
     return x + linear(geglu(gate_up), layer["down"])

@@ -7,11 +7,13 @@ from pjengine.pallas_kernels.gated_mlp.api import gated_product, serves_gated_pr
 from pjengine.pallas_kernels.kv_write.api import rope_write_kv, rope_write_kv_qkv
 from pjengine.pallas_kernels.packed.api import packed_attention, packed_attention_qkv
 from pjengine.pallas_kernels.paged.api import paged_attention
+from pjengine.pallas_kernels.qkv_projection.api import Projection, qkv_product, qkv_product_paged, serves_qkv_product
 from pjengine.pallas_kernels.qkv_rotation.api import rope_qkv
 from pjengine.pallas_kernels.rope import apply_rope
 from pjengine.pallas_kernels.row_norm.api import layer_norm, rms_norm
 
 __all__ = [
+    "Projection",
     "apply_rope",
     "describe_backends",
     "describe_embedder_backends",
@@ -22,10 +24,13 @@ __all__ = [
     "packed_attention",
     "packed_attention_qkv",
     "paged_attention",
+    "qkv_product",
+    "qkv_product_paged",
     "rms_norm",
     "rope_qkv",
     "rope_write_kv",
     "rope_write_kv_qkv",
     "serves_encoder_stack",
     "serves_gated_product",
+    "serves_qkv_product",
 ]

@@ -13,8 +13,17 @@ from pjengine.pallas_kernels.gated_mlp.tiles import describe_tokens
 from pjengine.pallas_kernels.kv_write import api as kv_write
 from pjengine.pallas_kernels.packed import api as packed
 from pjengine.pallas_kernels.paged import api as paged
+from pjengine.pallas_kernels.qkv_projection import api as qkv_projection
+from pjengine.pallas_kernels.qkv_projection.tiles import LEAST_TOKENS
 from pjengine.pallas_kernels.qkv_rotation import api as qkv_rotation
-from pjengine.pallas_kernels.specs import AttentionSpec, EncoderStackSpec, GatedSpec, KVWriteSpec, RotationSpec
+from pjengine.pallas_kernels.specs import (
+    AttentionSpec,
+    EncoderStackSpec,
+    GatedSpec,
+    KVWriteSpec,
+    QKVSpec,
+    RotationSpec,
+)
 
 
 def describe_backends(
@@ -28,12 +37,14 @@ def describe_backends(
     backend: str = "auto",
     window: int | None = None,
     gated: GatedSpec | None = None,
+    qkv: QKVSpec | None = None,
     target: Target | None = None,
 ) -> list[tuple[str, str, str]]:
     """Which backend serves which op for a model of this shape, without running anything.
 
     Args:
-      gated: the model's MLP where it is one that `gated_product` is for.
+      gated: the model's MLP where it is one that `gated_product` is for; qkv: its projection where `qkv_product_paged`
+        may serve.
     Returns: (op, backend, reasons why the backends before it refuse) per op; backend "none" where all refuse.
     """
     kv_dtype, target = kv_dtype or dtype, target or current_target()
@@ -48,7 +59,11 @@ def describe_backends(
         _rotation_row(RotationSpec(heads, kv_heads, head_dim, dtype), backend, target),
         _row("rope_write_kv", kv_write.writer(backend), kv_write.BACKENDS, write, target),
     ]
-    return rows if gated is None else [*rows, _gated_row(gated, backend, target)]
+    if gated is not None:
+        rows.append(_gated_row(gated, backend, target))
+    if qkv is not None:
+        rows.append(_qkv_row(qkv, backend, target))
+    return rows
 
 
 def describe_embedder_backends(
@@ -57,14 +72,15 @@ def describe_embedder_backends(
     backend: str = "auto",
     rotation: RotationSpec | None = None,
     gated: GatedSpec | None = None,
+    qkv: QKVSpec | None = None,
     stack: EncoderStackSpec | None = None,
     target: Target | None = None,
 ) -> list[tuple[str, str, str]]:
     """As `describe_backends`, for a model that computes whole texts and keeps no pages.
 
     Args:
-      attention: of its `packed_attention`; rotation: of its `rope_qkv`; gated: of its `gated_product`; stack: what
-        `encoder_stack` would have to serve. None: it has none.
+      attention: of its `packed_attention`; rotation: of its `rope_qkv`; gated: of its `gated_product`; qkv: of its
+        `qkv_product`; stack: what `encoder_stack` would have to serve. None: it has none.
     """
     target = target or current_target()
     rows = [_row("packed_attention", backend, packed.BACKENDS, attention, target)]
@@ -72,6 +88,8 @@ def describe_embedder_backends(
         rows.append(_rotation_row(rotation, backend, target))
     if gated is not None:
         rows.append(_gated_row(gated, backend, target))
+    if qkv is not None:
+        rows.append(_qkv_row(qkv, backend, target))
     if stack is not None and backend in ("auto", "mosaic") and target.compute_capability is not None:
         why = encoder_stack.mosaic_refusal(stack, target)
         op = f"encoder_stack (up to {encoder_stack.TOKENS} tokens)"
@@ -94,3 +112,11 @@ def _gated_row(spec: GatedSpec, backend: str, target: Target) -> tuple[str, str,
         return f"{op} ({describe_tokens(spec.mlp, target)})", "mosaic", ""
     silent = backend == "reference" or target.compute_capability is None
     return op, "reference", "" if silent else f"mosaic: {why}"
+
+
+def _qkv_row(spec: QKVSpec, backend: str, target: Target) -> tuple[str, str, str]:
+    op = "qkv_product" if spec.kv_dtype is None else "qkv_product_paged"
+    why, asked = qkv_projection.mosaic_refusal(spec, target), backend in ("auto", "mosaic")
+    if asked and why is None:
+        return f"{op} (from {LEAST_TOKENS} tokens that fill its tiles)", "mosaic", ""
+    return op, "reference", f"mosaic: {why}" if asked and target.compute_capability is not None else ""

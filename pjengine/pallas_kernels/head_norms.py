@@ -7,7 +7,9 @@ import jax
 from pjengine.pallas_kernels.row_norm.reference import rms_norm
 
 
-def head_norm_eps(q_norm: jax.Array | None, k_norm: jax.Array | None, eps: float, heads: jax.Array) -> float | None:
+def head_norm_eps(
+    q_norm: jax.Array | None, k_norm: jax.Array | None, eps: float, heads: jax.Array | jax.ShapeDtypeStruct
+) -> float | None:
     """eps where q and k are to be normalised, else None.
 
     Args:

@@ -91,6 +91,30 @@ class GatedSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class QKVSpec:
+    """The static side of a `qkv_product` or `qkv_product_paged` call, but for the tokens; fields as in KVWriteSpec.
+
+    Attributes:
+      hidden: columns of x; kv_dtype: None: there are no pages.
+      bias: one joins the product.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    kv_dtype: str | None = None
+    norm_eps: float | None = None
+    bias: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of the projection."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class RowNormSpec:
     """The static side of an `rms_norm` or, `centred`, a `layer_norm`, but for the rows.
 

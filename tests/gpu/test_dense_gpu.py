@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjengine.models.layers import linear_swiglu
-from pjengine.pallas_kernels import layer_norm, rms_norm, serves_gated_product
+from pjengine.models.layers import linear, linear_swiglu
+from pjengine.pallas_kernels import (
+    Projection,
+    layer_norm,
+    qkv_product,
+    qkv_product_paged,
+    rms_norm,
+    rope_qkv,
+    rope_write_kv_qkv,
+    serves_gated_product,
+)
 from tests.kernels.ragged_cases import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +51,60 @@ def test_linear_swiglu(tokens: int, hidden: int, mlp: int, dtype: str) -> None:
     assert relative_error(actual.astype(jnp.float32), np.asarray(expected)) < BFLOAT16_ERROR
     assert jnp.isfinite(actual).all()
     assert (actual == again).all(), "two runs differ"
+
+
+QKVS = [  # hidden, heads, KV heads, head_dim, norms, bias
+    (1024, 16, 8, 128, True, False),
+    (4096, 32, 8, 128, False, False),
+    (512, 5, 1, 128, True, True),  # an odd count of blocks of 128 columns
+    (896, 14, 2, 64, False, True),
+    (768, 12, 12, 64, True, False),
+    (64, 8, 4, 128, False, False),  # one step
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("tokens", [1024, 1928, 4096, 5000])
+@pytest.mark.parametrize("shape", QKVS)
+def test_qkv_product(shape: tuple[int, int, int, int, bool, bool], tokens: int, paged: bool, dtype: str) -> None:
+    """Whole and partial tiles; tokens without a slot and pages in any order, what is beside them untouched."""
+    hidden, heads, kv_heads, head_dim, norm, biased = shape
+    keys = jax.random.split(jax.random.key(tokens + hidden), 9)
+    width, page_size = (heads + 2 * kv_heads) * head_dim, 32
+    x = jax.random.normal(keys[0], (tokens, hidden)).astype(dtype)
+    weight = (2 * jax.random.normal(keys[1], (hidden, width)) * hidden**-0.5).astype(dtype)
+    bias = jax.random.normal(keys[2], (width,)).astype(dtype) if biased else None
+    q_norm, k_norm = (1 + jax.random.normal(key, (head_dim,)).astype(dtype) if norm else None for key in keys[3:5])
+    turns = jax.random.uniform(keys[5], (tokens, head_dim // 2), maxval=7.0)
+    rotation = (jnp.cos(turns), jnp.sin(turns))
+    pool = (tokens // page_size + 5, kv_heads, page_size, head_dim)
+    k_pages, v_pages = (jax.random.normal(key, pool).astype(dtype) for key in keys[6:8])
+    slots = jax.random.permutation(keys[8], pool[0] * page_size)[:tokens]
+    slots = jnp.where(jnp.arange(tokens) % 7 == 3, -1, slots)
+    projection = Projection(
+        weight=weight, bias=bias, kv_heads=kv_heads, head_dim=head_dim, q_norm=q_norm, k_norm=k_norm, eps=1e-6
+    )
+
+    def fused(x: jax.Array) -> tuple[jax.Array, ...]:
+        if paged:
+            return qkv_product_paged(x, projection, *rotation, k_pages, v_pages, slots)
+        return (qkv_product(x, projection, *rotation),)
+
+    def reference(x: jax.Array) -> tuple[jax.Array, ...]:
+        wide: list[Any] = [None if a is None else a.astype(jnp.float32) for a in (weight, bias, q_norm, k_norm)]
+        qkv = linear(x, *wide[:2]).reshape(tokens, -1, head_dim)
+        norms: dict[str, Any] = {"q_norm": wide[2], "k_norm": wide[3], "eps": 1e-6, "backend": "reference"}
+        if paged:
+            return rope_write_kv_qkv(qkv, *rotation, k_pages, v_pages, slots, **norms)
+        return (rope_qkv(qkv, *rotation, kv_heads=kv_heads, **norms),)
+
+    jitted = jax.jit(fused)
+    actual, again = (jitted(x) for _ in range(2))
+    expected = jax.jit(reference)(x.astype(jnp.float32))
+    for a, b, right in zip(actual, again, expected, strict=True):
+        assert relative_error(a.astype(jnp.float32), np.asarray(right, np.float32)) < BFLOAT16_ERROR
+        assert (a == b).all(), "two runs differ"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -26,9 +26,13 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, 
 from pjengine.models.layers import swiglu
 from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
 from pjengine.pallas_kernels.gated_mlp import mosaic as mosaic_gated
+from pjengine.pallas_kernels.head_norms import norm_heads
 from pjengine.pallas_kernels.packed import long_steps, mosaic_long, mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_step, decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 from pjengine.pallas_kernels.persistent_product import mosaic as mosaic_product
+from pjengine.pallas_kernels.qkv_projection import mosaic as mosaic_qkv
+from pjengine.pallas_kernels.rope import apply_rope
+from pjengine.pallas_kernels.specs import QKVSpec
 
 
 class _Accumulator:
@@ -176,6 +180,47 @@ def _add_product(sums: jax.Array, x: Any, weights: Any) -> jax.Array:
     return sums + jnp.dot(x[...].astype(jnp.float32), both, precision="highest")
 
 
+def _load_angles(cos: Any, sin: Any, row: jax.Array) -> jax.Array:
+    rows = jnp.minimum(row + jnp.arange(64), cos.shape[0] - 1)
+    return jnp.concatenate([cos[...][rows], sin[...][rows]], axis=1)
+
+
+def _turn_heads(
+    sums: jax.Array, angles: jax.Array, bias: Any, norms: Any, first: jax.Array, *, block: int, spec: QKVSpec
+) -> jax.Array:
+    values = sums[:, block * 128 : (block + 1) * 128]
+    if bias is not None:
+        values += bias[pl.ds(first, 128)].astype(jnp.float32)
+    rotation = jnp.split(angles, 2, axis=1)
+    heads, done = values.reshape(64, -1, spec.head_dim), []
+    q_norm, k_norm = [weight[...] for weight in norms] or (None, None)
+    for i in range(heads.shape[1]):
+        own, head = heads[:, i : i + 1], first // spec.head_dim + i
+        q, k = norm_heads(own, own, q_norm, k_norm, spec.norm_eps)
+        turned = apply_rope(jnp.where(head < spec.heads, q, k).astype(jnp.float32), *rotation)
+        done.append(jnp.where(head < spec.heads + spec.kv_heads, turned, own))
+    return jnp.concatenate(done, axis=1).reshape(64, 128).astype(spec.dtype)
+
+
+def _store_in_pages(
+    staged: Any, k_pages: Any, v_pages: Any, slots: Any, row: jax.Array, head: jax.Array, *, spec: QKVSpec
+) -> None:
+    heads = staged[...].reshape(64, -1, spec.head_dim)
+    page_size = k_pages.shape[2]
+    of_k = head < spec.kv_heads
+    for pages, wanted in ((k_pages, of_k), (v_pages, ~of_k)):
+
+        @pl.loop(0, jnp.where(wanted, jnp.clip(slots.shape[0] - row, 0, 64), 0))
+        def _(i: jax.Array, pages: Any = pages) -> None:
+            slot = slots[row + i]
+
+            @pl.when(slot >= 0)
+            def _() -> None:
+                for j in range(heads.shape[1]):
+                    value = lax.dynamic_index_in_dim(heads[:, j], i, keepdims=False)
+                    pages[slot // page_size, head % spec.kv_heads + j, slot % page_size] = value
+
+
 def _last_to_arrive(counters: Any, index: jax.Array, pieces: jax.Array, flag: Any) -> None:
     """Not atomic: the interpreter runs one block after the other, so one worker per block must be all there is."""
     arrived = counters[index] + 1
@@ -210,6 +255,9 @@ _SHARED = {
     "add_product": _add_product,
     "finish_products": lambda sums: sums,
     "swiglu_halves": swiglu,
+    "load_angles": _load_angles,
+    "turn_heads": _turn_heads,
+    "store_in_pages": _store_in_pages,
     "widen_block": lambda source, target: target.__setitem__(..., source[...].astype(target.dtype)),
 }
 _TILES = {
@@ -255,6 +303,7 @@ def interpreted() -> Iterator[None]:
             long_steps,
             mosaic_gated,
             mosaic_product,
+            mosaic_qkv,
         )
         for module in (flash, flash_joint, mosaic_common, tiles, *kernels):
             for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():

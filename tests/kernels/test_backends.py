@@ -15,7 +15,7 @@ from pjengine.executables import ExecutableStore
 from pjengine.factory import make_engine
 from pjengine.pallas_kernels import describe_backends, describe_embedder_backends
 from pjengine.pallas_kernels.backends import Backend, Target, accept, current_target, select
-from pjengine.pallas_kernels.specs import AttentionSpec, EncoderStackSpec, GatedSpec, RotationSpec
+from pjengine.pallas_kernels.specs import AttentionSpec, EncoderStackSpec, GatedSpec, QKVSpec, RotationSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
 from tests.helpers import GOLDEN
 
@@ -107,6 +107,33 @@ def test_describe_gated_product(spec: GatedSpec, target: Target, backend: str, s
 
 
 @pytest.mark.parametrize(
+    ("spec", "target", "backend", "served", "reason"),
+    [
+        (QKVSpec(1024, 16, 8, 128), HOPPER, "auto", "mosaic", ""),
+        (QKVSpec(4096, 32, 8, 128, kv_dtype="bfloat16"), HOPPER, "mosaic", "mosaic", ""),
+        (QKVSpec(1024, 16, 8, 128), HOPPER, "triton", "reference", ""),
+        (QKVSpec(1024, 16, 8, 128), HOPPER, "reference", "reference", ""),
+        (QKVSpec(1024, 16, 8, 128), CPU, "auto", "reference", ""),
+        (QKVSpec(1024, 16, 8, 128), AMPERE, "auto", "reference", "needs compute capability 9.0, got 80"),
+        (QKVSpec(1024, 16, 8, 128, "float32"), HOPPER, "auto", "reference", "tensor cores take bfloat16 and float16"),
+        (QKVSpec(1024, 16, 8, 96), HOPPER, "auto", "reference", "head_dim must be 64 or 128, got 96"),
+        (QKVSpec(576, 9, 3, 64), HOPPER, "auto", "reference", "multiples of 64 and 128, got 576 and 960"),
+        (QKVSpec(960, 6, 3, 64, kv_dtype="bfloat16"), HOPPER, "auto", "reference", "got 6 and 3 heads of 64"),
+        (QKVSpec(1024, 16, 8, 128, kv_dtype="float16"), HOPPER, "auto", "reference", "pages must be in the"),
+    ],
+)
+def test_describe_qkv_product(spec: QKVSpec, target: Target, backend: str, served: str, reason: str) -> None:
+    op = "qkv_product" if spec.kv_dtype is None else "qkv_product_paged"
+    if spec.kv_dtype is None:
+        rows = describe_embedder_backends(SPEC, qkv=spec, backend=backend, target=target)
+    else:
+        rows = describe_backends(4, 2, 64, 16, "bfloat16", qkv=spec, backend=backend, target=target)
+    condition = " (from 1024 tokens that fill its tiles)" if served == "mosaic" else ""
+    assert rows[-1][:2] == (op + condition, served)
+    assert reason in rows[-1][2] if reason else rows[-1][2] == ""
+
+
+@pytest.mark.parametrize(
     ("stack", "backend", "target", "expected"),
     [
         (BGE_LARGE, "auto", HOPPER, [("packed_attention", "mosaic"), ("encoder_stack (up to 16 tokens)", "mosaic")]),
@@ -145,8 +172,8 @@ def test_an_embedder_that_rotates_or_is_refused() -> None:
     ("model", "ops"),
     [
         ("bert", ["packed_attention"]),
-        ("modernbert", ["packed_attention", "rope_qkv"]),
-        ("qwen3-embedding", ["packed_attention", "rope_qkv", "gated_product"]),
+        ("modernbert", ["packed_attention", "rope_qkv", "qkv_product"]),
+        ("qwen3-embedding", ["packed_attention", "rope_qkv", "gated_product", "qkv_product"]),
     ],
 )
 def test_embedding_engines_say_what_serves_them(model: str, ops: list[str], caplog: pytest.LogCaptureFixture) -> None:

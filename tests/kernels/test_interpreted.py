@@ -100,7 +100,7 @@ def test_packed_short(options: dict[str, Any]) -> None:
     assert relative_error(out[:real], np.asarray(expected)[:real]) < 1e-2
 
 
-@pytest.mark.parametrize("kernel", ["prefill", "gated", "packed"])
+@pytest.mark.parametrize("kernel", ["prefill", "gated", "qkv", "packed"])
 def test_three_warpgroups(kernel: str) -> None:
     """In a process of its own: three or more warpgroups wait at once; XLA has threads for them where NPROC says so."""
     environment = {**os.environ, "NPROC": "8", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

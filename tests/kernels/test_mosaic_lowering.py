@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from pjengine.errors import KernelUnavailable
-from pjengine.models.layers import linear_swiglu
+from pjengine.models.layers import attention_qkv, causal_attention_qkv, linear_swiglu
 from pjengine.pallas_kernels import (
+    Projection,
     encoder_stack,
     layer_norm,
     packed_attention,
@@ -21,6 +22,7 @@ from pjengine.pallas_kernels import (
     rope_write_kv_qkv,
 )
 from pjengine.pallas_kernels.encoder_stack.packing import PackedLayers
+from pjengine.step_inputs import LayerCache, StepInputs
 from tests.kernels.hopper import lower_for_hopper
 
 # heads, kv_heads, head_dim, page_size
@@ -257,6 +259,105 @@ def test_layers_share_one_gated_product() -> None:
     text = lower_gated(1024, 512, 1024, layers=3)
     assert text.count("@mosaic_gpu_v2") == 1
     assert text.count("call @gated_product") == 3
+
+
+def lower_projection(
+    tokens: int,
+    hidden: int,
+    shape: tuple[int, int, int],
+    dtype: str = "bfloat16",
+    *,
+    kv_dtype: str | None = None,
+    norm: bool = False,
+    bias: bool = False,
+    layers: int = 1,
+    backend: str = "auto",
+) -> str:
+    """Layers' attention from the projection on. shape: heads, kv_heads, head_dim; kv_dtype: of pages, if any."""
+    heads, kv_heads, head_dim = shape
+    width = (heads + 2 * kv_heads) * head_dim
+
+    def attend(x: Any, weight: Any, angles: Any, norm_weight: Any, shift: Any, k: Any, v: Any, numbers: Any) -> Any:
+        inputs = StepInputs(
+            token_ids=numbers,
+            positions=numbers,
+            query_starts=numbers[:9],
+            kv_lens=numbers[:8],
+            block_tables=(numbers[:80].reshape(8, 10),),
+            write_slots=(numbers,),
+            backend=backend,
+        )
+        norms = {"q_norm": norm_weight, "k_norm": norm_weight} if norm else {}
+        projection = Projection(
+            weight=weight, bias=shift if bias else None, kv_heads=kv_heads, head_dim=head_dim, **norms
+        )
+        rotation = (angles, angles)
+        if kv_dtype is None:
+            return [attention_qkv(x, projection, rotation, inputs) for _ in range(layers)]
+        return causal_attention_qkv(x, projection, rotation, inputs, LayerCache(k, v), window=None, group=0)
+
+    return lower_for_hopper(
+        attend,
+        ((tokens, hidden), dtype),
+        ((hidden, width), dtype),
+        ((tokens, head_dim // 2), "float32"),
+        ((head_dim,), dtype),
+        ((width,), dtype),
+        *[((40, kv_heads, 64, head_dim), kv_dtype or dtype)] * 2,
+        ((tokens,), "int32"),
+        **({"donate_argnums": (5, 6)} if kv_dtype else {}),
+    )
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "shape", "dtype", "options"),
+    [
+        (8192, 1024, (16, 8, 128), "bfloat16", {"norm": True}),
+        (4096, 4096, (32, 8, 128), "float16", {}),
+        (6656, 896, (14, 2, 64), "bfloat16", {"bias": True}),
+        (8192, 512, (5, 1, 128), "bfloat16", {"norm": True, "bias": True}),  # an odd count of blocks of columns
+        (4096, 64, (32, 4, 128), "bfloat16", {}),  # one step
+    ],
+)
+def test_projection_norms_rotation_and_write_are_one_launch(
+    tokens: int, hidden: int, shape: tuple[int, int, int], dtype: str, options: dict[str, Any], paged: bool
+) -> None:
+    text = lower_projection(tokens, hidden, shape, dtype, kv_dtype=dtype if paged else None, **options)
+    assert "dot_general" not in text
+    assert "rope" not in text
+    (kernel,) = (part for part in text.split("\n  func.func ") if part.startswith("private @qkv_product"))
+    assert kernel.count("@mosaic_gpu_v2") == 1
+    assert kernel.count("output_operand_alias<") == text.count("tf.aliasing_output") == (2 if paged else 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "shape", "options"),
+    [
+        (1016, 1024, (16, 8, 128), {}),  # few tokens
+        (1536, 1024, (16, 8, 128), {}),  # a second round of tiles that would leave most SMs idle
+        (2052, 1024, (16, 8, 128), {}),  # TMA's rows come in eights
+        (4096, 1000, (16, 8, 128), {}),
+        (4096, 1024, (16, 8, 128), {"dtype": "float32"}),
+        (4096, 1024, (16, 8, 128), {"backend": "reference"}),
+        (4096, 1024, (16, 8, 128), {"kv_dtype": "float8_e4m3fn"}),
+        (7168, 960, (18, 9, 64), {"kv_dtype": "bfloat16"}),  # a block of columns with heads of q and of k
+    ],
+)
+def test_qkv_product_leaves_the_rest_to_xla(
+    tokens: int, hidden: int, shape: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    if options.get("dtype") == "float32":
+        options = {**options, "kv_dtype": "float32"}  # no kernel attends to such a projection where it lies
+    text = lower_projection(tokens, hidden, shape, **options)
+    assert "qkv_product" not in text
+    assert text.count("dot_general") >= 1
+
+
+def test_layers_share_one_qkv_product() -> None:
+    text = lower_projection(2048, 1024, (16, 8, 128), layers=3, norm=True)
+    assert text.count("private @qkv_product") == 1
+    assert text.count("call @qkv_product") == 3
 
 
 def all_norms(x: Any, weight: Any, bias: Any, backend: str = "auto") -> Any:
