@@ -20,7 +20,7 @@ from tests.kernels.ragged_cases import relative_error
 PAGE_SIZE = 16
 
 
-def check(tokens: int, spec: QKVSpec, *, sms: int, lead: int = 0, group: int = 4) -> None:
+def check(tokens: int, spec: QKVSpec, *, sms: int) -> None:
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -35,7 +35,7 @@ def check(tokens: int, spec: QKVSpec, *, sms: int, lead: int = 0, group: int = 4
     k_pages, v_pages = (normal(-(-tokens // PAGE_SIZE) + 1, kv_heads, PAGE_SIZE, head_dim) for _ in range(2))
     slots = jnp.asarray(np.where(np.arange(tokens) % 5 == 3, -1, rng.permutation(tokens + PAGE_SIZE)[:tokens]), "int32")
     pages = (k_pages, v_pages, slots)
-    config = ProductConfig(sms, cluster=1, stages=3, group=group, lead=lead)
+    config = ProductConfig(sms, cluster=1, stages=3)
     with interpreted():
         if spec.kv_dtype is None:
             out = [qkv_product(x, weight, angles, norms, bias, spec=spec, config=config)]
@@ -59,6 +59,6 @@ def check(tokens: int, spec: QKVSpec, *, sms: int, lead: int = 0, group: int = 4
 
 
 if __name__ == "__main__":
-    check(256, QKVSpec(256, 2, 1, 128, norm_eps=1e-6), sms=2, lead=2)
+    check(256, QKVSpec(256, 2, 1, 128, norm_eps=1e-6), sms=2)
     check(128, QKVSpec(64, 4, 2, 64, bias=True), sms=3)  # q, k and v in one tile; an SM with nothing to do
-    check(128, QKVSpec(192, 2, 1, 128, kv_dtype="bfloat16", norm_eps=1e-6), sms=1, lead=3)
+    check(128, QKVSpec(192, 2, 1, 128, kv_dtype="bfloat16", norm_eps=1e-6), sms=1)

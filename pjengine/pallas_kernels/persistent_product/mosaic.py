@@ -71,8 +71,6 @@ def launch_product(
         full=barrier(num_arrivals=3),
         free=(shared_barrier if config.cluster > 1 else barrier)(num_arrivals=config.warpgroups),
     )
-    if config.lead:
-        scratch["ahead"] = plgpu.Barrier(num_arrivals=1)
     return launch(
         body,
         (x, weight, *others),
@@ -98,7 +96,6 @@ def multiply_tiles(
     weights_smem: Any,
     full: Any,
     free: Any,
-    ahead: Any = None,
 ) -> None:
     """x @ weight, tile by tile; what TMA copies reach beyond their arrays is 0.
 
@@ -171,14 +168,8 @@ def multiply_tiles(
                 plgpu.barrier_arrive(free.at[before])
                 return slot, sums
 
-            if config.lead:
-                pl.when(wg > 0)(lambda: plgpu.barrier_wait(ahead))
             first = lax.rem(start, jnp.int32(stages))
-            carry, done = (first, issue(first, tile(0, 2 * COLUMNS))), 1
-            if config.lead:
-                carry, done = lax.fori_loop(1, config.lead, step, carry), config.lead
-                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(ahead))
-            last, sums = lax.fori_loop(done, k_steps, step, carry)
+            last, sums = lax.fori_loop(1, k_steps, step, (first, issue(first, tile(0, 2 * COLUMNS))))
             loaded = load()
             sums = finish_products(sums)
             plgpu.barrier_arrive(free.at[last])

@@ -26,8 +26,6 @@ class ProductConfig:
       warpgroups: that multiply, 64 rows of a tile each.
       stages: of the ring.
       group: how many rows of clusters' tiles are walked together, column by column: their x stays in the L2 cache.
-      lead: steps of each tile by which the first warpgroup goes ahead of the second, so that one multiplies while the
-        other is at its epilogue; at most stages, of which a tile must have no fewer steps. 0: they go as they come.
     """
 
     sms: int
@@ -36,7 +34,6 @@ class ProductConfig:
     warpgroups: int = MOST_WARPGROUPS
     stages: int = 4
     group: int = 4
-    lead: int = 0
 
     @property
     def rows(self) -> int:

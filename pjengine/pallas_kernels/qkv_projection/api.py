@@ -10,8 +10,8 @@ import jax
 
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.head_norms import head_norm_eps
-from pjengine.pallas_kernels.persistent_product.tiles import COLUMNS, K_STEP
-from pjengine.pallas_kernels.qkv_projection.tiles import config_for, pays
+from pjengine.pallas_kernels.persistent_product.tiles import COLUMNS, K_STEP, config_for
+from pjengine.pallas_kernels.qkv_projection.tiles import pays
 from pjengine.pallas_kernels.specs import QKVSpec
 
 HEAD_DIMS = (64, 128)
@@ -112,7 +112,7 @@ def qkv_product(x: jax.Array, projection: Projection, cos: jax.Array, sin: jax.A
     product: jax.Array = _mosaic().qkv_product(
         *_operands(x, projection, cos, sin),
         spec=projection.spec(x.dtype.name),
-        config=config_for(x.shape[0], x.shape[1], current_target()),
+        config=config_for(x.shape[0], current_target()),
     )
     return product
 
@@ -147,7 +147,7 @@ def qkv_product_paged(
         v_pages,
         write_slots,
         spec=projection.spec(x.dtype.name, k_pages.dtype.name),
-        config=config_for(x.shape[0], x.shape[1], current_target()),
+        config=config_for(x.shape[0], current_target()),
     )
     return written
 
