@@ -15,6 +15,7 @@ from pjengine.pallas_kernels.packed.plan import packed_plan, tile_bound
 from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
 from pjengine.pallas_kernels.paged.mosaic_prefill import prefill_plan
 from pjengine.pallas_kernels.persistent_product.tiles import config_for, tiling_of
+from pjengine.pallas_kernels.qkv_projection import tiles as qkv_tiles
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.work_items import query_items
 
@@ -237,3 +238,13 @@ def test_every_tile_of_a_product_is_computed_once(tokens: int, blocks: int, sms:
     below = config.rows * config.cluster // beside
     assert tiling.rows * below >= tokens > (tiling.rows - 1) * below
     assert tiling.workers * tiling.rounds >= tiling.rows * tiling.columns
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "served"),
+    [(1024, 4096, [1024, 1536, 2048, 4096, 8192]), (4096, 6144, [2048, 4096, 8192]), (896, 1152, [8192])],
+)
+def test_where_the_qkv_product_pays(hidden: int, width: int, served: list[int]) -> None:
+    """Qwen3-0.6B, Llama-3.1-8B and Qwen2-0.5B: rounds of tiles that are half empty cost more than the pass saved."""
+    sizes = [512, 1024, 1536, 2048, 4096, 8192]
+    assert [t for t in sizes if qkv_tiles.pays(t, hidden, width, Target("gpu", 90, 132))] == served

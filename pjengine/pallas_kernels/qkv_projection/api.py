@@ -96,7 +96,7 @@ def serves_qkv_product(
     spec = projection.spec(x.dtype.name, None if k_pages is None else k_pages.dtype.name)
     same = all(array.dtype == x.dtype for array in projection.arrays)
     fits = tokens % 8 == 0 and same and mosaic_refusal(spec, target) is None
-    return fits and backend in ("auto", "mosaic") and pays(tokens, spec.width, target)
+    return fits and backend in ("auto", "mosaic") and pays(tokens, spec.hidden, spec.width, target)
 
 
 def qkv_product(x: jax.Array, projection: Projection, cos: jax.Array, sin: jax.Array) -> jax.Array:
