@@ -118,5 +118,5 @@ def _qkv_row(spec: QKVSpec, backend: str, target: Target) -> tuple[str, str, str
     op = "qkv_product" if spec.kv_dtype is None else "qkv_product_paged"
     why, asked = qkv_projection.mosaic_refusal(spec, target), backend in ("auto", "mosaic")
     if asked and why is None:
-        return f"{op} (from {LEAST_TOKENS} tokens that fill its tiles)", "mosaic", ""
+        return f"{op} (from {LEAST_TOKENS} tokens, where its tiles are full enough)", "mosaic", ""
     return op, "reference", f"mosaic: {why}" if asked and target.compute_capability is not None else ""

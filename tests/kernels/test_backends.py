@@ -128,7 +128,7 @@ def test_describe_qkv_product(spec: QKVSpec, target: Target, backend: str, serve
         rows = describe_embedder_backends(SPEC, qkv=spec, backend=backend, target=target)
     else:
         rows = describe_backends(4, 2, 64, 16, "bfloat16", qkv=spec, backend=backend, target=target)
-    condition = " (from 1024 tokens that fill its tiles)" if served == "mosaic" else ""
+    condition = " (from 1024 tokens, where its tiles are full enough)" if served == "mosaic" else ""
     assert rows[-1][:2] == (op + condition, served)
     assert reason in rows[-1][2] if reason else rows[-1][2] == ""
 
