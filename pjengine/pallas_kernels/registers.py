@@ -99,6 +99,12 @@ def this_thread() -> Thread:
     return Thread(index, index // 32, lane // 4, lane % 4)
 
 
+def unhoisted(x: Int32) -> Int32:
+    """x, but what is computed from it stays inside the loop: kept out of it, it would take registers all the while."""
+    move = llvm.inline_asm(words(1), [x.value], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+    return Int32(move)
+
+
 def tile_offset(row_tile: Int32, row: Int32, column: Int32, row_bytes: int, swizzle: int) -> Int32:
     """Byte offset of an element in a [rows, row_bytes] buffer in tiles of 8 rows of `swizzle` bytes, swizzled.
 
