@@ -14,10 +14,10 @@ from pjengine.pallas_kernels import (
     gated_product,
     packed_attention_qkv,
     paged_attention,
+    paged_attention_qkv,
     qkv_product,
     qkv_product_paged,
     rope_qkv,
-    rope_write_kv_qkv,
     serves_gated_product,
     serves_qkv_product,
 )
@@ -112,12 +112,20 @@ def causal_attention_qkv(
     if pages is None:
         return attention_qkv(x, projection, rotation, inputs, causal=True, window=window), None
     written = (*rotation, pages.k, pages.v, inputs.write_slots[group])
+    batch = (inputs.query_starts, inputs.kv_lens, inputs.block_tables[group])
+    options: dict[str, Any] = {
+        "scale": projection.head_dim**-0.5,
+        "decode": inputs.decode,
+        "window": window,
+        "backend": inputs.backend,
+    }
     if serves_qkv_product(x, projection, pages.k, backend=inputs.backend):
         q, k_pages, v_pages = qkv_product_paged(x, projection, *written)
+        attended = paged_attention(q, k_pages, v_pages, *batch, **options)
     else:
         qkv = _project(x, projection)
-        q, k_pages, v_pages = rope_write_kv_qkv(qkv, *written, **_norms(projection), backend=inputs.backend)
-    return _attend_pages(q, LayerCache(k_pages, v_pages), inputs, window, group)
+        attended, k_pages, v_pages = paged_attention_qkv(qkv, *written, *batch, **_norms(projection), **options)
+    return attended, LayerCache(k_pages, v_pages)
 
 
 def attention_qkv(
@@ -158,21 +166,3 @@ def _project(x: jax.Array, projection: Projection) -> jax.Array:
 
 def _norms(projection: Projection) -> dict[str, Any]:
     return {"q_norm": projection.q_norm, "k_norm": projection.k_norm, "eps": projection.eps}
-
-
-def _attend_pages(
-    q: jax.Array, pages: LayerCache, inputs: StepInputs, window: int | None, group: int
-) -> tuple[jax.Array, LayerCache]:
-    attended = paged_attention(
-        q,
-        pages.k,
-        pages.v,
-        inputs.query_starts,
-        inputs.kv_lens,
-        inputs.block_tables[group],
-        scale=q.shape[-1] ** -0.5,
-        decode=inputs.decode,
-        window=window,
-        backend=inputs.backend,
-    )
-    return attended, pages

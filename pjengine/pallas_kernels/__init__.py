@@ -6,7 +6,7 @@ from pjengine.pallas_kernels.encoder_stack.packing import pack_layers
 from pjengine.pallas_kernels.gated_mlp.api import gated_product, serves_gated_product
 from pjengine.pallas_kernels.kv_write.api import rope_write_kv, rope_write_kv_qkv
 from pjengine.pallas_kernels.packed.api import packed_attention, packed_attention_qkv
-from pjengine.pallas_kernels.paged.api import paged_attention
+from pjengine.pallas_kernels.paged.api import paged_attention, paged_attention_qkv
 from pjengine.pallas_kernels.qkv_projection.api import Projection, qkv_product, qkv_product_paged, serves_qkv_product
 from pjengine.pallas_kernels.qkv_rotation.api import rope_qkv
 from pjengine.pallas_kernels.rope import apply_rope
@@ -24,6 +24,7 @@ __all__ = [
     "packed_attention",
     "packed_attention_qkv",
     "paged_attention",
+    "paged_attention_qkv",
     "qkv_product",
     "qkv_product_paged",
     "rms_norm",

@@ -1,6 +1,6 @@
 """Each kernel once, over a small ragged batch and nothing else: what compute-sanitizer runs (`gpu_check --sanitizer`).
 
-python3 -m tests.gpu.small_cases decode mixed float8 packed write stack
+python3 -m tests.gpu.small_cases decode mixed float8 projection packed write stack
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pjengine.pallas_kernels import (
     pack_layers,
     packed_attention_qkv,
     paged_attention,
+    paged_attention_qkv,
     rope_write_kv_qkv,
 )
 from tests.kernels.encoder_layers import random_layers, random_rows
@@ -42,6 +43,26 @@ def attend(query_lens: list[int], kv_lens: list[int], kv_dtype: str = "bfloat16"
     )
     op = functools.partial(paged_attention, scale=case.scale, decode=decode, backend="mosaic")
     return jax.jit(op)(*case.arrays())
+
+
+def projection() -> jax.Array:
+    """Decode that rotates and writes its tokens: rows at both ends of pages and blocks, and one without tokens."""
+    lens = [40, 1, 129, 0, 64]
+    case = paged_case(
+        np.random.default_rng(0),
+        [1] * len(lens),
+        lens,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        page_size=PAGE,
+        dtype="bfloat16",
+    )
+    qkv = random_rows(len(lens), HEADS + 2 * KV_HEADS, HEAD_DIM)
+    angles = jnp.linspace(0, 6, len(lens) * HEAD_DIM // 2).reshape(len(lens), -1)
+    op = functools.partial(paged_attention_qkv, scale=case.scale, decode=True, backend="mosaic")
+    _, k, v, *rows = case.arrays()
+    return jax.jit(op)(qkv, jnp.cos(angles), jnp.sin(angles), k, v, jnp.asarray(case.last_slots()), *rows)[0]
 
 
 def packed() -> jax.Array:
@@ -69,6 +90,7 @@ CASES: dict[str, Callable[[], jax.Array]] = {
     "decode": lambda: attend([1, 1, 1], [40, 1, 70]),
     "mixed": lambda: attend([1, 30, 9], [40, 30, 70]),
     "float8": lambda: attend([1, 30, 9], [40, 30, 70], "float8_e4m3fn"),
+    "projection": projection,
     "packed": packed,
     "write": write,
     "stack": stack,

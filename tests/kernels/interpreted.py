@@ -24,15 +24,14 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params, shared_memory
 
 from pjengine.models.layers import swiglu
-from pjengine.pallas_kernels import flash, flash_joint, mosaic_common
+from pjengine.pallas_kernels import apply_rope, flash, flash_joint, mosaic_common, rms_norm
 from pjengine.pallas_kernels.gated_mlp import mosaic as mosaic_gated
 from pjengine.pallas_kernels.head_norms import norm_heads
 from pjengine.pallas_kernels.packed import long_steps, mosaic_long, mosaic_short, tiles
 from pjengine.pallas_kernels.paged import decode_step, decode_tiles, mosaic_combine, mosaic_decode, mosaic_prefill
 from pjengine.pallas_kernels.persistent_product import mosaic as mosaic_product
 from pjengine.pallas_kernels.qkv_projection import mosaic as mosaic_qkv
-from pjengine.pallas_kernels.rope import apply_rope
-from pjengine.pallas_kernels.specs import QKVSpec
+from pjengine.pallas_kernels.specs import AttentionSpec, QKVSpec
 
 
 class _Accumulator:
@@ -163,6 +162,45 @@ def _stage_queries(queries: Any, smem: Any, *, permuted: bool) -> None:
     smem[...] = jnp.pad(values, ((0, smem.shape[0] - values.shape[0]), (0, 0)), mode="edge")
 
 
+def _stage_projection(
+    qkv: Any,
+    new: Any,
+    pages: tuple[Any, Any],
+    row: jax.Array,
+    head: jax.Array,
+    closes: jax.Array,
+    smem: Any,
+    token_smem: Any,
+    *,
+    spec: AttentionSpec,
+    norm_eps: float | None,
+) -> None:
+    cos, sin, slot = new.cos[row], new.sin[row], new.slots[row]
+
+    def turned(heads: jax.Array, norm: int) -> jax.Array:
+        if norm_eps is not None:
+            heads = rms_norm(heads, new.norms[norm][...], norm_eps)
+        return apply_rope(heads[None], cos[None], sin[None])[0]
+
+    smem[pl.ds(0, spec.group)] = turned(qkv[row, pl.ds(head * spec.group, spec.group)], 0)
+    smem[pl.ds(spec.group, smem.shape[0] - spec.group)] = jnp.full((smem.shape[0] - spec.group, spec.head_dim), jnp.nan)
+    key = turned(qkv[row, pl.ds(spec.heads + head, 1)], 1)[0]
+    token = (key, qkv[row, spec.heads + spec.kv_heads + head])
+
+    @pl.when(closes == 1)
+    def _() -> None:
+        for part, (ref, values) in enumerate(zip(pages, token, strict=True)):
+            token_smem[part] = values
+
+            @pl.when(slot >= 0)
+            def _(ref: Any = ref, values: jax.Array = values) -> None:
+                ref[slot // ref.shape[2], head, slot % ref.shape[2]] = values
+
+
+def _put_token(values: Any, smem: Any, row: jax.Array) -> None:
+    smem[row] = values[...]
+
+
 def _reduce_tokens(values: jax.Array, scratch: Any, *, largest: bool) -> jax.Array:
     return values.max(0) if largest else values.sum(0)
 
@@ -260,6 +298,7 @@ _SHARED = {
     "store_in_pages": _store_in_pages,
     "widen_block": lambda source, target: target.__setitem__(..., source[...].astype(target.dtype)),
 }
+_NEW_TOKENS = {"stage_projection": _stage_projection, "put_token": _put_token}
 _TILES = {
     "stage_queries": _stage_queries,
     "key_fragments": lambda smem: smem[...].astype(jnp.float32),
@@ -306,7 +345,7 @@ def interpreted() -> Iterator[None]:
             mosaic_qkv,
         )
         for module in (flash, flash_joint, mosaic_common, tiles, *kernels):
-            for name, value in {**_SHARED, "pl": pallas, "plgpu": mosaic}.items():
+            for name, value in {**_SHARED, **_NEW_TOKENS, "pl": pallas, "plgpu": mosaic}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
         for name, value in _TILES.items():

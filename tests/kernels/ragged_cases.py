@@ -34,6 +34,12 @@ class PagedCase:
             jnp.asarray(self.block_tables),
         )
 
+    def last_slots(self) -> np.ndarray:
+        """int32 [R]: page * page_size + offset of each row's last KV token, -1 for a row without any."""
+        page_size, last = self.k_pages.shape[2], np.maximum(self.kv_lens - 1, 0)
+        pages = self.block_tables[np.arange(len(last)), last // page_size]
+        return np.where(self.kv_lens > 0, pages * page_size + last % page_size, -1).astype(np.int32)
+
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     """x as float32 after a trip through `dtype`."""

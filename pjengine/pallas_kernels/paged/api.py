@@ -1,11 +1,16 @@
-"""`paged_attention`: the public op, its argument checks and its backends."""
+"""`paged_attention` and `paged_attention_qkv`: the public ops, their argument checks and their backends."""
 
 from __future__ import annotations
 
+import importlib
+
 import jax
 
-from pjengine.pallas_kernels.backends import Backend, accept, select
-from pjengine.pallas_kernels.paged.support import mosaic_refusal
+from pjengine.pallas_kernels.backends import Backend, accept, current_target, select
+from pjengine.pallas_kernels.fused import query_heads
+from pjengine.pallas_kernels.head_norms import head_norm_eps
+from pjengine.pallas_kernels.kv_write.api import rope_write_kv_qkv
+from pjengine.pallas_kernels.paged.support import fused_refusal, mosaic_refusal
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
 
@@ -81,8 +86,96 @@ def paged_attention(
     )
 
 
+def paged_attention_qkv(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    write_slots: jax.Array,
+    query_starts: jax.Array,
+    kv_lens: jax.Array,
+    block_tables: jax.Array,
+    *,
+    scale: float,
+    decode: bool = False,
+    window: int | None = None,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`rope_write_kv_qkv` and `paged_attention` of what it rotates and writes: in one kernel where one serves both.
+
+    Args:
+      write_slots: as in `rope_write_kv`. No row sees a token that another row of the call writes, and, with `decode`,
+        row r's slot is that of its last position, kv_lens[r] - 1, in its pages (any, if kv_lens[r] is not positive).
+      The others: as in `rope_write_kv_qkv` and `paged_attention`.
+    Returns: (attended [T, heads, head_dim], k_pages, v_pages); in place where k_pages and v_pages are donated.
+    Raises: as the two.
+    """
+    kv_heads = k_pages.shape[1]
+    q = jax.ShapeDtypeStruct((qkv.shape[0], query_heads(qkv, kv_heads), qkv.shape[2]), qkv.dtype)
+    norm_eps = head_norm_eps(q_norm, k_norm, eps, qkv)
+    spec = AttentionSpec(
+        heads=q.shape[1],
+        kv_heads=kv_heads,
+        head_dim=q.shape[2],
+        dtype=q.dtype.name,
+        kv_dtype=k_pages.dtype.name,
+        page_size=k_pages.shape[2],
+        decode=decode,
+        window=window,
+    )
+    refusal = fused_refusal(spec, current_target(), norm=norm_eps is not None)
+    if backend in ("auto", "mosaic") and refusal is None:
+        _check(q, k_pages, v_pages, query_starts, kv_lens, block_tables, decode, None)
+        _check_rotation(cos, sin, write_slots, q)
+        mosaic = importlib.import_module("pjengine.pallas_kernels.paged.mosaic")
+        norms = () if q_norm is None else (q_norm, k_norm)
+        served: tuple[jax.Array, jax.Array, jax.Array] = mosaic.paged_attention_qkv(
+            qkv,
+            cos,
+            sin,
+            k_pages,
+            v_pages,
+            write_slots,
+            kv_lens,
+            block_tables,
+            norms,
+            spec=spec,
+            scale=scale,
+            norm_eps=norm_eps,
+        )
+        return served
+    rotated, k_pages, v_pages = rope_write_kv_qkv(
+        qkv, cos, sin, k_pages, v_pages, write_slots, q_norm=q_norm, k_norm=k_norm, eps=eps, backend=backend
+    )
+    attended = paged_attention(
+        rotated,
+        k_pages,
+        v_pages,
+        query_starts,
+        kv_lens,
+        block_tables,
+        scale=scale,
+        decode=decode,
+        window=window,
+        backend=backend,
+    )
+    return attended, k_pages, v_pages
+
+
+def _check_rotation(cos: jax.Array, sin: jax.Array, write_slots: jax.Array, q: jax.ShapeDtypeStruct) -> None:
+    tokens, _, head_dim = q.shape
+    if write_slots.shape != (tokens,):
+        raise ValueError(f"write_slots: expected [{tokens}], got {write_slots.shape}")
+    if any(x.shape != (tokens, head_dim // 2) for x in (cos, sin)):
+        raise ValueError(f"cos, sin: expected [{tokens}, {head_dim // 2}], got {cos.shape} and {sin.shape}")
+
+
 def _check(
-    q: jax.Array,
+    q: jax.Array | jax.ShapeDtypeStruct,
     k_pages: jax.Array,
     v_pages: jax.Array,
     query_starts: jax.Array,

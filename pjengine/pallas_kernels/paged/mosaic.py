@@ -5,13 +5,16 @@ A batch of a single row is the prefill kernel's whatever its length: a launch th
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.flash import TILE
+from pjengine.pallas_kernels.paged.decode_new_token import NewTokens
 from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, decode_plan
-from pjengine.pallas_kernels.paged.mosaic_decode import paged_decode
+from pjengine.pallas_kernels.paged.mosaic_decode import paged_decode, paged_decode_qkv
 from pjengine.pallas_kernels.paged.mosaic_prefill import PrefillConfig, paged_prefill, prefill_plan
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.tuning import tuned
@@ -102,6 +105,40 @@ def paged_attention(
     )
 
 
+def paged_attention_qkv(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    write_slots: jax.Array,
+    kv_lens: jax.Array,
+    block_tables: jax.Array,
+    norms: tuple[jax.Array, ...],
+    *,
+    spec: AttentionSpec,
+    scale: float,
+    norm_eps: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `pjengine.pallas_kernels.paged_attention_qkv`; what `fused_refusal` does not refuse. norms: q's and k's."""
+    config = fused_config(decode_config(spec, current_target()), spec)
+    new = NewTokens(cos, sin, write_slots, norms)
+    plan = decode_plan(kv_lens, block_tables, spec, config)
+    return paged_decode_qkv(
+        qkv,
+        new,
+        k_pages,
+        v_pages,
+        kv_lens,
+        block_tables,
+        plan,
+        spec=spec,
+        scale=scale,
+        config=config,
+        norm_eps=norm_eps,
+    )
+
+
 def decode_config(spec: AttentionSpec, target: Target) -> DecodeConfig:
     """Block sizes for the decode kernel: blocks of about 16 KiB, as many in flight as fit shared memory."""
     token = spec.head_dim * jnp.dtype(spec.kv_dtype).itemsize
@@ -116,6 +153,17 @@ def decode_config(spec: AttentionSpec, target: Target) -> DecodeConfig:
         whole_blocks=WHOLE_TOKENS // block,
     )
     return tuned("mosaic decode", spec, target, heuristic)
+
+
+def fused_config(config: DecodeConfig, spec: AttentionSpec) -> DecodeConfig:
+    """The same for a kernel whose copying warpgroups rotate too: with the registers that this takes.
+
+    The computing ones are left with what holds a combine's loads in flight: more where groups are large.
+    """
+    copy = 96 if spec.group * spec.head_dim <= 512 or config.workers == 1 else 80
+    # Those of four warpgroups have 128 a thread between them.
+    compute = config.compute_registers if config.workers == 1 else 256 - copy
+    return dataclasses.replace(config, copy_registers=copy, compute_registers=compute)
 
 
 def prefill_config(spec: AttentionSpec, target: Target) -> PrefillConfig:

@@ -8,11 +8,14 @@ Short pairs are not cut: see `decode_plan`.
 
 A worker is a pair of warpgroups: one issues the TMA copies and stages queries, one computes. Scores are computed
 transposed, with K as the left operand: a product then has 8 or 16 columns, not 64 rows for a few query heads.
+
+A step of nothing but decoding rows can have its projections normalised, rotated and written to the pages on the way
+(`paged_decode_qkv`): who stages a row's queries also makes its key and value, and they do not go through the pages to
+the block that needs them: that one is copied with whatever stood in their place, and corrected in shared memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -32,36 +35,13 @@ from pjengine.pallas_kernels.mosaic_common import (
     tiled_smem,
 )
 from pjengine.pallas_kernels.paged import decode_tiles as tiles
+from pjengine.pallas_kernels.paged.decode_new_token import NewTokens, stage_projection
 from pjengine.pallas_kernels.paged.decode_plan import DecodeConfig, Plan, first_key, worker_fields
+from pjengine.pallas_kernels.paged.decode_segments import Segment, for_each_segment
 from pjengine.pallas_kernels.paged.decode_step import State, attend_block
 from pjengine.pallas_kernels.paged.mosaic_combine import combine_pieces, partial_size
 from pjengine.pallas_kernels.paged.pages import copy_block, copy_sources, page_numbers, page_tokens
 from pjengine.pallas_kernels.specs import AttentionSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segment:
-    """A run of KV blocks of one (row, KV head) pair inside one worker's share. All are scalars inside the kernel.
-
-    Attributes:
-      ordinal: runs, and step: blocks, that this worker had before.
-      row, head: the pair; length: the row's KV tokens; origin, row_blocks: where the pair begins in the line, and how
-        many blocks it has.
-      first, blocks: the run.
-      opens: it begins where the pair begins; whole: it is all of the pair.
-    """
-
-    ordinal: jax.Array
-    step: jax.Array
-    row: jax.Array
-    head: jax.Array
-    length: jax.Array
-    origin: jax.Array
-    row_blocks: jax.Array
-    first: jax.Array
-    blocks: jax.Array
-    opens: jax.Array
-    whole: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "config"))
@@ -94,55 +74,114 @@ def paged_decode(
         rest of it stays.
     Returns: [T, heads, head_dim].
     """
-    tokens, _, head_dim = q.shape
-    workers = config.sms * config.workers
+    queries = q.reshape(-1, spec.group, spec.head_dim)
+    optional = (
+        row_tokens,
+        None if sinks is None else sinks.astype(jnp.float32).reshape(spec.kv_heads, spec.group),
+        k_scale,
+        v_scale,
+    )
+    # What is off is not read; kv_lens only stands in for it.
+    stand_ins = (kv_lens if x is None else x for x in optional)
+    operands = (queries, k_pages, v_pages, kv_lens, block_tables.reshape(-1), *stand_ins, *plan)
+    run = functools.partial(
+        _launch, pairs=queries.shape[0], spec=spec, scale=scale, config=config, dense=row_tokens is None
+    )
+    if out is None:
+        return run(operands).reshape(q.shape)
+    out_ref = jax.new_ref(out.reshape(queries.shape[0], -1), memory_space=plgpu.GMEM)
+    run((*operands, out_ref), in_place=True)
+    return jax.freeze(out_ref).reshape(q.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "scale", "config", "norm_eps"))
+def paged_decode_qkv(
+    qkv: jax.Array,
+    new: NewTokens,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    kv_lens: jax.Array,
+    block_tables: jax.Array,
+    plan: Plan,
+    *,
+    spec: AttentionSpec,
+    scale: float,
+    config: DecodeConfig,
+    norm_eps: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one query per row, of a fused projection that is rotated and written to the pages on the way.
+
+    Args:
+      qkv: [T, heads + 2 * kv_heads, head_dim], in the pages' 16-bit dtype; row r is token r, its last one.
+      norm_eps: of the norms in `new`, None where there are none.
+      The others: as in `paged_decode`.
+    Returns: [T, heads, head_dim], k_pages, v_pages.
+    """
+    k_ref, v_ref = (jax.new_ref(x, memory_space=plgpu.GMEM) for x in (k_pages, v_pages))
+    operands = (qkv, k_ref, v_ref, kv_lens, block_tables.reshape(-1), *[kv_lens] * 4, *plan)
+    out = _launch(
+        (*operands, new.cos, new.sin, new.slots, *new.norms),
+        pairs=qkv.shape[0] * spec.kv_heads,
+        spec=spec,
+        scale=scale,
+        config=config,
+        dense=True,
+        fused=True,
+        norm_eps=norm_eps,
+    )
+    return out.reshape(qkv.shape[0], spec.heads, spec.head_dim), jax.freeze(k_ref), jax.freeze(v_ref)
+
+
+def _launch(
+    operands: tuple[Any, ...],
+    *,
+    pairs: int,
+    spec: AttentionSpec,
+    scale: float,
+    config: DecodeConfig,
+    dense: bool,
+    in_place: bool = False,
+    fused: bool = False,
+    norm_eps: float | None = None,
+) -> Any:
+    """Runs the kernel. Returns: [pairs, group * head_dim], unless results go to the last operand, in_place."""
+    head_dim, workers = spec.head_dim, config.sms * config.workers
+    dtype, kv_dtype = jnp.dtype(spec.dtype), jnp.dtype(spec.kv_dtype)
     columns = -(-spec.group // 8) * 8
+    result = jax.ShapeDtypeStruct((pairs, spec.group * head_dim), dtype)
     partials = jax.ShapeDtypeStruct((workers * 2, partial_size(spec.group, head_dim)), jnp.float32)
     lse = jax.ShapeDtypeStruct((workers * 2, columns), jnp.float32)
     ring = functools.partial(plgpu.Barrier, num_barriers=config.workers * config.stages)
     staged = plgpu.Barrier(num_barriers=config.workers * 2)
-    operand_dtype = q.dtype if k_pages.dtype.itemsize == 2 else jnp.dtype(jnp.float16)
+    operand_dtype = dtype if kv_dtype.itemsize == 2 else jnp.dtype(jnp.float16)
     copy_size = min(page_tokens(spec), config.block)
-    pairs = tokens * spec.kv_heads
-    operands = (
-        q.reshape(pairs, spec.group, head_dim),
-        k_pages,
-        v_pages,
-        kv_lens,
-        block_tables.reshape(-1),
-        # What is off is not read; kv_lens only stands in for it.
-        kv_lens if row_tokens is None else row_tokens,
-        kv_lens if sinks is None else sinks.astype(jnp.float32).reshape(spec.kv_heads, spec.group),
-        *(kv_lens if x is None else x for x in (k_scale, v_scale)),
-        *plan,
+    scratch = dict(
+        k_smem=tiled_smem((config.workers, config.stages, config.block, head_dim), kv_dtype),
+        v_smem=tiled_smem((config.workers, config.stages, config.block, head_dim), kv_dtype),
+        q_smem=tiled_smem((config.workers, 2, columns, head_dim), operand_dtype),
+        weights_smem=tiled_smem((config.workers, columns, config.block), operand_dtype),
+        scratch=plgpu.SMEM((config.workers, 4 * columns), jnp.float32),
+        last=plgpu.SMEM((config.workers, 1), jnp.int32),
+        k_full=ring(num_arrivals=config.block // copy_size),
+        v_full=ring(num_arrivals=config.block // copy_size),
+        free=ring(),
+        q_full=staged,
+        q_free=staged,
     )
-    out_shape = (pairs, spec.group * head_dim)
-    run = functools.partial(
-        launch,
-        functools.partial(_decode_kernel, spec=spec, scale=scale, config=config, dense=row_tokens is None),
-        scratch=dict(
-            k_smem=tiled_smem((config.workers, config.stages, config.block, head_dim), k_pages.dtype),
-            v_smem=tiled_smem((config.workers, config.stages, config.block, head_dim), v_pages.dtype),
-            q_smem=tiled_smem((config.workers, 2, columns, head_dim), operand_dtype),
-            weights_smem=tiled_smem((config.workers, columns, config.block), operand_dtype),
-            scratch=plgpu.SMEM((config.workers, 4 * columns), jnp.float32),
-            last=plgpu.SMEM((config.workers, 1), jnp.int32),
-            k_full=ring(num_arrivals=config.block // copy_size),
-            v_full=ring(num_arrivals=config.block // copy_size),
-            free=ring(),
-            q_full=staged,
-            q_free=staged,
+    if fused:
+        scratch["token_smem"] = plgpu.SMEM((config.workers, 2, 2, head_dim), dtype)
+    results = launch(
+        functools.partial(
+            _decode_kernel, spec=spec, scale=scale, config=config, dense=dense, fused=fused, norm_eps=norm_eps
         ),
+        operands,
+        out_type=(partials, lse) if in_place else (result, partials, lse),
+        scratch=scratch,
         grid={"sm": config.sms},
         warpgroups=2 * config.workers,
-        name="paged_decode",
+        name="paged_decode_qkv" if fused else "paged_decode",
     )
-    if out is None:
-        result, *_ = run(operands, out_type=(jax.ShapeDtypeStruct(out_shape, q.dtype), partials, lse))
-        return result.reshape(q.shape)
-    out_ref = jax.new_ref(out.reshape(out_shape), memory_space=plgpu.GMEM)
-    run((*operands, out_ref), out_type=(partials, lse))
-    return jax.freeze(out_ref).reshape(q.shape)
+    return None if in_place else results[0]
 
 
 def _decode_kernel(
@@ -158,10 +197,7 @@ def _decode_kernel(
     starts_ref: Any,
     shares_ref: Any,
     counters_ref: Any,
-    out_ref: Any,
-    partial_ref: Any,
-    lse_ref: Any,
-    *,
+    *others: Any,
     k_smem: Any,
     v_smem: Any,
     q_smem: Any,
@@ -173,11 +209,17 @@ def _decode_kernel(
     free: Any,
     q_full: Any,
     q_free: Any,
+    token_smem: Any = None,
     spec: AttentionSpec,
     scale: float,
     config: DecodeConfig,
     dense: bool,
+    fused: bool,
+    norm_eps: float | None,
 ) -> None:
+    """q_ref: [pairs, group, head_dim]; where `fused`, the projection, and NewTokens stand before the outputs."""
+    *tokens, out_ref, partial_ref, lse_ref = others
+    new = NewTokens(tokens[0], tokens[1], tokens[2], tuple(tokens[3:])) if fused else None
     wg = lax.axis_index("wg")
     lane = lax.rem(wg, jnp.int32(config.workers))  # which of the SM's workers this warpgroup belongs to
     worker = lane * config.sms + lax.axis_index("sm")
@@ -188,37 +230,8 @@ def _decode_kernel(
     columns, head_dim = q_smem.shape[-2:]
     permuted = not tiles.values_from_shared(v_smem.dtype, head_dim)
 
-    def for_each_segment(body: Callable[[_Segment], None]) -> None:
-        """Calls body for every segment of this worker's share, in the same order in both of its warpgroups."""
-
-        def one(state: Any) -> Any:
-            position, row, head, ordinal, step, ends, lengths = state
-            start, end_of_row, end_of_next = ends
-            length, next_length = lengths
-            # Read early, used in the next turn: a dependent read here would cost its latency in every turn.
-            later = jnp.minimum(row + 2, rows)
-            after_next, later_length = starts_ref[jnp.minimum(later + 1, rows)], lens_ref[jnp.minimum(later, rows - 1)]
-            row_blocks = end_of_row - start
-            origin = start * spec.kv_heads + head * row_blocks
-            blocks = jnp.minimum(own.end, origin + row_blocks) - position
-            first = lax.div(first_key(length, spec), jnp.int32(config.block)) + position - origin
-            opens = position == origin
-            whole = opens & (blocks == row_blocks)
-            segment = _Segment(ordinal, step, row, head, length, origin, row_blocks, first, blocks, opens, whole)
-            pl.when(blocks > 0)(lambda: body(segment))
-            last = (head == spec.kv_heads - 1) | (row_blocks == 0)
-            ends = tuple(
-                jnp.where(last, new, old)
-                for new, old in zip(
-                    (end_of_row, end_of_next, after_next), (start, end_of_row, end_of_next), strict=True
-                )
-            )
-            lengths = (jnp.where(last, next_length, length), jnp.where(last, later_length, next_length))
-            row, head = jnp.where(last, row + 1, row), jnp.where(last, 0, head + 1)
-            return position + blocks, row, head, ordinal + (blocks > 0).astype(jnp.int32), step + blocks, ends, lengths
-
-        start = (own.begin, own.row, own.head, jnp.int32(0), jnp.int32(0), own.starts, own.lengths)
-        lax.while_loop(lambda state: state[0] < own.end, one, start)
+    def each_segment(body: Callable[[Segment], None]) -> None:
+        for_each_segment(body, own, starts_ref, lens_ref, spec, config.block)
 
     def ring_slot(step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(config.stages))
@@ -226,7 +239,22 @@ def _decode_kernel(
     def query_pair(row: jax.Array, head: jax.Array) -> jax.Array:
         return (row if dense else row_tokens_ref[row]) * spec.kv_heads + head
 
-    def stage_queries(segment: _Segment, place: jax.Array) -> None:
+    def stage_queries(segment: Segment, place: jax.Array) -> None:
+        if new is not None:
+            stage_projection(
+                q_ref,
+                new,
+                (k_ref, v_ref),
+                segment.row,
+                segment.head,
+                ((segment.first + segment.blocks) * config.block >= segment.length).astype(jnp.int32),
+                q_smem.at[lane, place],
+                token_smem.at[lane, place],
+                spec=spec,
+                norm_eps=norm_eps,
+            )
+            plgpu.commit_smem()
+            return
         queries = q_ref.at[query_pair(segment.row, segment.head)]
         tiles.stage_queries(queries, q_smem.at[lane, place], permuted=not tiles.keys_from_shared(k_smem.dtype))
         plgpu.commit_smem()
@@ -235,7 +263,7 @@ def _decode_kernel(
     def _copy() -> None:
         plgpu.set_max_registers(config.copy_registers, action="decrease")
 
-        def process(segment: _Segment) -> None:
+        def process(segment: Segment) -> None:
             @pl.loop(0, segment.blocks)
             def _(i: jax.Array) -> None:
                 slot = ring_slot(segment.step + i)
@@ -266,7 +294,7 @@ def _decode_kernel(
                     stage_queries(segment, place)
                     plgpu.barrier_arrive(q_full.at[barrier])
 
-        for_each_segment(process)
+        each_segment(process)
 
         @pl.loop(0, pl.cdiv(rows, config.sms * config.workers))
         def _(lap: jax.Array) -> None:
@@ -283,7 +311,7 @@ def _decode_kernel(
     def _compute() -> None:
         plgpu.set_max_registers(config.compute_registers, action="increase")
 
-        def process(segment: _Segment) -> None:
+        def process(segment: Segment) -> None:
             pair = query_pair(segment.row, segment.head)
             place = lax.rem(segment.ordinal, jnp.int32(2))
             visible_from = first_key(segment.length, spec)
@@ -308,6 +336,7 @@ def _decode_kernel(
                     state,
                     scale=score_scale,
                     soft_cap=spec.soft_cap,
+                    newest=(token_smem.at[lane, place], segment.length - 1 - begin) if fused and masked else None,
                 )
 
             column = functools.partial(jnp.full, (columns,), dtype=jnp.float32)
@@ -316,7 +345,9 @@ def _decode_kernel(
                 plgpu.layout_cast(column(MASKED), tiles.COLUMNS),
                 tile(0, columns, config.block),
             )
-            whole = jnp.minimum(lax.div(segment.length, jnp.int32(config.block)) - segment.first, segment.blocks)
+            # The new token is put over a copied one in the masked form only: its block is no whole one.
+            old = segment.length - 1 if fused else segment.length
+            whole = jnp.minimum(lax.div(old, jnp.int32(config.block)) - segment.first, segment.blocks)
             if spec.window is not None or spec.chunk is not None:
                 whole = jnp.int32(0)
             state = lax.fori_loop(0, whole, functools.partial(block, masked=False), state)
@@ -361,4 +392,4 @@ def _decode_kernel(
                         unroll=config.unroll,
                     )
 
-        for_each_segment(process)
+        each_segment(process)

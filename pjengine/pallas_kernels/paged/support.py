@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pjengine.pallas_kernels import head_sizes
 from pjengine.pallas_kernels.backends import Target
 from pjengine.pallas_kernels.specs import AttentionSpec
 
@@ -21,3 +22,16 @@ def mosaic_refusal(spec: AttentionSpec, target: Target) -> str | None:
     if spec.page_size not in (16, 32, 64, 128):
         return f"page_size must be 16, 32, 64 or 128, got {spec.page_size}"
     return None
+
+
+def fused_refusal(spec: AttentionSpec, target: Target, *, norm: bool) -> str | None:
+    """Why the Mosaic backend cannot rotate, write and attend in one kernel in such a call, or None.
+
+    Args:
+      norm: heads of q and k are normalised before rotation.
+    """
+    if not spec.decode:
+        return "only rows of one query each are rotated and written where they attend"
+    if spec.kv_dtype != spec.dtype or spec.kv_scales:
+        return f"the cache must hold elements as they are, got {spec.dtype} and {spec.kv_dtype}"
+    return mosaic_refusal(spec, target) or head_sizes.refusal(spec.head_dim, spec.dtype, norm=norm)
