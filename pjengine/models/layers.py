@@ -111,20 +111,23 @@ def causal_attention_qkv(
     """
     if pages is None:
         return attention_qkv(x, projection, rotation, inputs, causal=True, window=window), None
-    written = (*rotation, pages.k, pages.v, inputs.write_slots[group])
-    batch = (inputs.query_starts, inputs.kv_lens, inputs.block_tables[group])
-    options: dict[str, Any] = {
+    (cos, sin), slots = rotation, inputs.write_slots[group]
+    attend: dict[str, Any] = {
+        "query_starts": inputs.query_starts,
+        "kv_lens": inputs.kv_lens,
+        "block_tables": inputs.block_tables[group],
         "scale": projection.head_dim**-0.5,
         "decode": inputs.decode,
         "window": window,
         "backend": inputs.backend,
     }
     if serves_qkv_product(x, projection, pages.k, backend=inputs.backend):
-        q, k_pages, v_pages = qkv_product_paged(x, projection, *written)
-        attended = paged_attention(q, k_pages, v_pages, *batch, **options)
+        q, k_pages, v_pages = qkv_product_paged(x, projection, cos, sin, pages.k, pages.v, slots)
+        attended = paged_attention(q, k_pages, v_pages, **attend)
     else:
         qkv = _project(x, projection)
-        attended, k_pages, v_pages = paged_attention_qkv(qkv, *written, *batch, **_norms(projection), **options)
+        attend |= _norms(projection)
+        attended, k_pages, v_pages = paged_attention_qkv(qkv, cos, sin, pages.k, pages.v, slots, **attend)
     return attended, LayerCache(k_pages, v_pages)
 
 
