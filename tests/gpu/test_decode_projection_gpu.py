@@ -161,7 +161,7 @@ def test_steps_that_follow_one_another(shape: tuple[int, int, int, int]) -> None
                 slots,
                 starts,
                 lens,
-                tables,
+                jnp.asarray(tables),
                 scale=head_dim**-0.5,
                 decode=True,
                 backend="mosaic",
