@@ -39,6 +39,7 @@ CUBLAS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}  # takes all p
 QUIET_TRIALS: Mapping[str, Any] = {"xla_gpu_autotune_level": 2}
 _TURN = 5e-4  # seconds for which the thread that lowers keeps the interpreter from others
 _LOWERING = threading.Lock()  # Python traces one at a time; what is compiled late waits for what came before
+_PATIENCE = 0.1  # seconds after which who waits to lower looks whether that is still wanted
 _COMPILE_STACK = 64 << 20  # bytes; XLA recurses deeply over unrolled layers
 
 
@@ -95,10 +96,10 @@ class Compilation:
         self._bar = tqdm(total=len(self._works), desc="Compiling", disable=not progress, leave=False)
         count = min(len(self._works), threads or os.cpu_count() or 1)
         self._threads = [threading.Thread(target=self._work, name="compile", daemon=True) for _ in range(count)]
-        lower = threading.Thread(target=self._prepare, name="lower", daemon=True)
+        self._lowering = threading.Thread(target=self._prepare, args=(self._load(),), name="lower", daemon=True)
         old = threading.stack_size(_COMPILE_STACK)
         try:
-            for thread in (*self._threads, lower):
+            for thread in (*self._threads, self._lowering):
                 thread.start()
         finally:
             threading.stack_size(old)
@@ -143,10 +144,10 @@ class Compilation:
             self._close()
 
     def _end_threads(self) -> None:
-        """A thread that compiles, or frees what it compiled, would take the process down if that ended meanwhile."""
+        """A thread that lowers, compiles or frees what it compiled would take down a process that ends meanwhile."""
         if not self.finished:
             self.cancel()
-        for thread in self._threads:
+        for thread in (self._lowering, *self._threads):
             thread.join()
         atexit.unregister(self._at_exit)
 
@@ -163,12 +164,15 @@ class Compilation:
         for _ in self._threads:
             self._tasks.put(None)
 
-    def _prepare(self) -> None:
-        """Loads what is kept and lowers the rest, one after the other: Python traces one at a time."""
-        loading: list[tuple[Work, Future[Executable | None]]] = []
-        for work in self._works.values():
-            loading.append((work, Future()))
-            self._tasks.put(functools.partial(_settle, loading[-1][1], self._store.load, work.what, work.key))
+    def _load(self) -> list[tuple[Work, Future[Executable | None]]]:
+        """Has all that is kept loaded: by tasks before any that end a thread, so that each will be done."""
+        loading: list[tuple[Work, Future[Executable | None]]] = [(work, Future()) for work in self._works.values()]
+        for work, future in loading:
+            self._tasks.put(functools.partial(_settle, future, self._store.load, work.what, work.key))
+        return loading
+
+    def _prepare(self, loading: list[tuple[Work, Future[Executable | None]]]) -> None:
+        """Lowers what was not kept, one after the other: Python traces one at a time."""
         missing = []
         for work, future in loading:
             if (found := future.result()) is None:
@@ -176,9 +180,15 @@ class Compilation:
             else:
                 self._kept += 1
                 self._end(work.key, found)
-        with _LOWERING, _without_garbage_collection(), _short_turns():
-            for work in missing:
-                self._lower(work)
+        while not _LOWERING.acquire(timeout=_PATIENCE):
+            if self.finished:
+                return
+        try:
+            with _without_garbage_collection(), _short_turns():
+                for work in missing:
+                    self._lower(work)
+        finally:
+            _LOWERING.release()
 
     def _lower(self, work: Work) -> None:
         if self._futures[work.key].cancelled():

@@ -251,6 +251,37 @@ def test_an_engine_that_is_gone_compiles_nothing_more() -> None:
     assert late.finished
 
 
+_ENDS_WHILE_LOWERING = """
+import atexit, threading, time
+atexit.register(lambda: print("at work:", [t.name for t in threading.enumerate() if t.name in ("lower", "compile")]))
+from pjengine.compilation import Compilation, Work
+from pjengine.executables import open_store
+
+lowering = threading.Event()
+def lower():
+    lowering.set()
+    time.sleep(0.5)
+    raise ValueError("too late")
+made = Compilation([Work("test", name, lower) for name in "ab"], open_store("", ()), progress=False)
+made.begin()
+assert lowering.wait(20)
+"""
+
+
+def test_a_process_that_ends_waits_for_the_thread_that_lowers() -> None:
+    """It would be in XLA's hands while the interpreter is taken down, and end the process by a signal."""
+    run = [sys.executable, "-c", _ENDS_WHILE_LOWERING]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "at work: []\n"
+
+
+def test_who_waits_to_lower_and_is_cancelled_waits_no_longer() -> None:
+    with compiling._LOWERING:
+        made = compilation(Slow("a"))
+        made._end_threads()
+    assert not made._lowering.is_alive()
+
+
 def test_programs_stay_in_sight_of_garbage_collection_unless_the_heap_is_frozen() -> None:
     def lower_one() -> int:
         program = Slow("one")
