@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -316,7 +317,7 @@ def _measure(
                 else f"task: {config.model} embeds or classifies, and `pjengine bench {name}` measures generating"
             )
         ceiling = roofline.measure()  # before the engine takes the memory
-        engine = make_engine(config)
+        engine = make_engine(config, progress=sys.stderr.isatty())
         freeze_heap()  # as a server does
         print(f"{engine.info.device}: {ceiling}")
         found = rows(engine, ceiling)

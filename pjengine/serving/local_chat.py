@@ -32,7 +32,7 @@ def run_chat(config: EngineConfig, *, system: str | None, **sampling: Any) -> No
     params = default_params(source.default_sampling, **sampling)
     if sampling.get("max_tokens") is None:
         params = msgspec.structs.replace(params, max_tokens=None)  # up to the window
-    conversation = Conversation(make_engine(config), tokenizer, params, system)
+    conversation = Conversation(make_engine(config, progress=sys.stderr.isatty()), tokenizer, params, system)
     for message in _messages():
         if message == "/clear":
             conversation.clear()

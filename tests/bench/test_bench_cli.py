@@ -224,6 +224,7 @@ class TestSmallEngine:
         options = ("--workload", work, "--max-waiting", "2", "--json", str(file))
         done = run("throughput", "--model", LLAMA, *options, *self.OPTIONS)
         assert done.exit_code == 0, done.output
+        assert "Compiling" not in done.output, "a bar in what is no terminal"
         kept = json.loads(file.read_text())
         assert (kept["rows"][0]["requests"], kept["rows"][0]["output_tokens"]) == (20, 40)
         assert (kept["config"]["max_waiting"], kept["options"]) == (2, {"workload": work})
