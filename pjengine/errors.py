@@ -38,7 +38,19 @@ class InvalidRequest(PJEngineError, ValueError):
 
 
 class EngineDead(PJEngineError, RuntimeError):
-    """The engine stopped; open and new requests cannot be served."""
+    """The engine stopped; open and new requests cannot be served.
+
+    Attributes:
+      code: a machine-readable reason (OpenAI's `code`).
+    """
+
+    code = "engine_dead"
+
+
+class ShuttingDown(EngineDead):
+    """It was told to stop, and the time that running requests have to finish is over."""
+
+    code = "shutting_down"
 
 
 class EngineOverloaded(PJEngineError, RuntimeError):

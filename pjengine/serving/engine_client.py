@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from pjengine.engine_info import EngineInfo
-from pjengine.errors import EngineDead, PJEngineError
+from pjengine.errors import EngineDead, PJEngineError, ShuttingDown
 from pjengine.metrics import Stats
 from pjengine.queue.client_link import QueueStatus
 from pjengine.request import Output, Request
@@ -57,7 +57,7 @@ class Client(Protocol):
     def require_alive(self) -> None: ...
     async def submit(self, requests: Sequence[Request]) -> Submission: ...
     def abort(self, request_id: str, index: int | None = None) -> None: ...
-    def fail(self, reason: str) -> None: ...
+    def fail(self, reason: str, kind: type[EngineDead] = EngineDead) -> None: ...
     def report_left(self, name: str) -> None: ...
     def _forget(self, request_id: str) -> None: ...
 
@@ -87,6 +87,7 @@ class EngineClient:
         self._submissions: dict[str, Submission] = {}  # by request id
         self._ids = itertools.count()
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._kind = EngineDead  # of the error that says so
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self._socket = EngineSocket(address, name, self._receive)
         self._send(Hello())
@@ -104,8 +105,8 @@ class EngineClient:
         self.info = self._ready.result()
 
     async def close(self) -> None:
-        """Ends the connection; open requests get EngineDead."""
-        self.fail("the server is shutting down")
+        """Ends the connection; open requests get ShuttingDown."""
+        self.fail("the server is shutting down", ShuttingDown)
         self._socket.close()
 
     def stop_engine(self) -> bool:
@@ -159,16 +160,17 @@ class EngineClient:
         if self.alive:
             self._send(Abort(request_id, index))
 
-    def fail(self, reason: str) -> None:
-        """The engine counts as dead from now on: every open request gets EngineDead. Later calls change nothing."""
+    def fail(self, reason: str, kind: type[EngineDead] = EngineDead) -> None:
+        """The engine counts as dead from now on: every open request gets a `kind`. Later calls change nothing."""
         if not self.alive:
             return
+        self._kind = kind
         self._dead.set_result(reason)
         for admission in self._admissions.values():
             if not admission.done():
-                admission.set_exception(EngineDead(reason))
+                admission.set_exception(kind(reason))
         for submission in set(self._submissions.values()):
-            submission._fail(EngineDead(reason))
+            submission._fail(kind(reason))
 
     def _forget(self, request_id: str) -> None:
         self._submissions.pop(request_id, None)
@@ -176,7 +178,7 @@ class EngineClient:
     def require_alive(self) -> None:
         """Raises EngineDead if the engine has died."""
         if not self.alive:
-            raise EngineDead(self._dead.result())
+            raise self._kind(self._dead.result())
 
     def _send(self, message: ToEngine) -> None:
         self._socket.send(self._encoder.encode(message))

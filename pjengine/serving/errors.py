@@ -61,7 +61,7 @@ def to_api_error(error: Exception) -> ApiError:
         case EngineOverloaded():
             return unavailable(str(error), error.code, error.retry_after)
         case EngineDead():
-            return unavailable(str(error), "engine_dead")
+            return unavailable(str(error), error.code)
         case DeadlineExceeded():
             return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded")
         case GenerationError():

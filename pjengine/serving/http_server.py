@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from pjengine.errors import ShuttingDown
 from pjengine.serving.app import make_app
 from pjengine.serving.context import ServerContext
 from pjengine.serving.engine_client import Client
@@ -130,7 +131,7 @@ async def _drain(gate: Gate, client: Client, dead: asyncio.Future[str], signals:
     if first is empty:
         return 0
     empty.cancel()
-    client.fail("the server is shutting down")
+    client.fail("the server is shutting down", ShuttingDown)
     if first is signals.second:
         return 128 + signals.received[-1]
     return 0 if first is None else 1

@@ -17,7 +17,7 @@ import msgspec
 
 from pjengine.config import EngineConfig
 from pjengine.engine_info import EngineInfo
-from pjengine.errors import ConfigError, DeadlineExceeded, EngineDead, PJEngineError, QueueUnavailable
+from pjengine.errors import ConfigError, DeadlineExceeded, EngineDead, PJEngineError, QueueUnavailable, ShuttingDown
 from pjengine.metrics import Stats
 from pjengine.queue.client_link import ClientLink, Item, QueueStatus
 from pjengine.queue.options import QueueOptions
@@ -65,6 +65,7 @@ class QueueClient:
         self._cancelling: asyncio.Task[None] | None = None
         self._fingerprint = ""
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._kind = EngineDead  # of the error that says so
 
     async def wait_ready(self) -> None:
         """Waits until there is a worker.
@@ -92,8 +93,8 @@ class QueueClient:
         self._session = asyncio.create_task(self._keep_session(self._link))
 
     async def close(self) -> None:
-        """Ends the session; open requests get EngineDead."""
-        self.fail("the server is shutting down")
+        """Ends the session; open requests get ShuttingDown."""
+        self.fail("the server is shutting down", ShuttingDown)
         for task in (self._session, self._cancelling):
             if task is not None:
                 task.cancel()
@@ -126,7 +127,7 @@ class QueueClient:
         Raises:
           EngineOverloaded: too many wait.
           QueueUnavailable: Redis is lost, or no worker is alive.
-          EngineDead: this server is shutting down.
+          ShuttingDown: this server is.
         """
         link = self._require_link()
         items = [
@@ -150,11 +151,12 @@ class QueueClient:
         if self._cancelling is None or self._cancelling.done():
             self._cancelling = asyncio.create_task(self._cancel())
 
-    def fail(self, reason: str) -> None:
-        """Nothing is served from now on: every open request gets EngineDead. Later calls change nothing."""
+    def fail(self, reason: str, kind: type[EngineDead] = EngineDead) -> None:
+        """Nothing is served from now on: every open request gets a `kind`. Later calls change nothing."""
         if self.alive:
+            self._kind = kind
             self._dead.set_result(reason)
-            self._fail_open(EngineDead(reason))
+            self._fail_open(kind(reason))
 
     def report_left(self, name: str) -> None:
         """Another API process has ended: the queue drops its items by itself when its lease ends."""
@@ -165,7 +167,7 @@ class QueueClient:
 
     def _require_link(self) -> ClientLink:
         if not self.alive:
-            raise EngineDead(self._dead.result())
+            raise self._kind(self._dead.result())
         if self._link is None:
             raise QueueUnavailable(self._lost)
         if self.queue is None or not self.queue.workers:

@@ -169,7 +169,7 @@ def test_host(tmp_path: Path) -> None:
 def test_what_is_wrong_is_refused_before_the_engine_starts(
     monkeypatch: pytest.MonkeyPatch, command: str, arguments: list[str], said: str
 ) -> None:
-    monkeypatch.setattr("pjengine.factory.make_engine", lambda *_: pytest.fail("the engine starts"))
+    monkeypatch.setattr("pjengine.factory.make_engine", lambda *_, **__: pytest.fail("the engine starts"))
     done = run(command, "--model", LLAMA, *arguments)
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()

@@ -177,7 +177,9 @@ def test_the_grace_time_ends() -> None:
         with pool:
             live.process.send_signal(signal.SIGTERM)
             assert live.process.wait(5) == 0
-            assert all("shutting down" in str(future.exception(5)) for future in futures)
+            errors = [future.exception(5) for future in futures]
+        assert all("shutting down" in str(error) for error in errors)
+        assert {getattr(error, "code", None) for error in errors} == {"shutting_down"}
 
 
 def test_a_second_signal_stops_at_once(fresh: LiveServer) -> None:
