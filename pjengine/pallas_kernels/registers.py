@@ -120,16 +120,25 @@ def tile_offset(row_tile: Int32, row: Int32, column: Int32, row_bytes: int, swiz
 
 
 def pointer(ref: Any, offset: Int32) -> Any:
-    """Address of the byte `offset` in a reference."""
-    return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [offset.value], ir.IntegerType.get_signless(8))
+    """Address of the byte `offset` in a reference, or after an address."""
+    return mgpu_utils.getelementptr(_begin(ref), [offset.value], ir.IntegerType.get_signless(8))
 
 
 def far_pointer(ref: Any, item: Int32, item_bytes: int, offset: Int32) -> Any:
-    """Address of a byte in one of many items; the reference may be larger than 2 GiB."""
+    """Address of a byte in one of many items of a reference, or after an address; they may be more than 2 GiB."""
     word, long = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(64)
     begin = arith.muli(arith.extui(long, item.value), mgpu.c(item_bytes, long))
     place = arith.addi(begin, arith.extui(long, offset.value))
-    return mgpu_utils.getelementptr(mgpu_utils.memref_ptr(ref), [place], word)
+    return mgpu_utils.getelementptr(_begin(ref), [place], word)
+
+
+def _begin(ref: Any) -> Any:
+    return mgpu_utils.memref_ptr(ref) if isinstance(ref.type, ir.MemRefType) else ref
+
+
+def page_item(slot: Int32, head: Int32, kv_heads: int, page_size: int) -> Int32:
+    """Which item of pages [pages, kv_heads, page_size] a token's slot, page * page_size + offset, is for a head."""
+    return (slot // page_size * kv_heads + head) * page_size + slot % page_size
 
 
 def words(count: int) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pjengine.pallas_kernels import apply_rope, rms_norm, rope_write_kv, rope_write_kv_qkv
+from tests.kernels.hopper import on_hopper
 
 PAGES, KV_HEADS, PAGE, DIM = 5, 2, 4, 8
 
@@ -93,6 +94,21 @@ def test_contradicting_arguments_are_refused() -> None:
         rope_write_kv(q, k[:3], v, cos, sin, *pools(), slots)
     with pytest.raises(ValueError, match="k_pages"):
         rope_write_kv(q, k, v, cos, sin, pools()[0][:, :1], pools()[1][:, :1], slots)
+
+
+@pytest.mark.parametrize("backend", ["mosaic", "reference"])
+def test_angles_that_do_not_fit_are_refused_by_every_backend(backend: str) -> None:
+    """A kernel would read beyond them."""
+
+    def write(*arrays: Any) -> Any:
+        return rope_write_kv_qkv(*arrays, backend=backend)
+
+    pages = jax.ShapeDtypeStruct((9, 2, 16, 64), jnp.bfloat16)
+    qkv, slots = jax.ShapeDtypeStruct((6, 8, 64), jnp.bfloat16), jax.ShapeDtypeStruct((6,), jnp.int32)
+    for shape in ((6, 16), (5, 32)):
+        angles = jax.ShapeDtypeStruct(shape, jnp.float32)
+        with on_hopper(), pytest.raises(ValueError, match=r"cos, sin: expected \[6, 32\]"):
+            jax.eval_shape(write, qkv, angles, angles, pages, pages, slots)
 
 
 @pytest.mark.parametrize("rotated", [True, False])

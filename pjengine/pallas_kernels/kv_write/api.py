@@ -9,7 +9,8 @@ import jax
 from pjengine.pallas_kernels.backends import Backend, accept, select
 from pjengine.pallas_kernels.fused import query_heads
 from pjengine.pallas_kernels.head_norms import head_norm_eps
-from pjengine.pallas_kernels.kv_write.support import mosaic_refusal
+from pjengine.pallas_kernels.kv_write.support import check_pages, mosaic_refusal
+from pjengine.pallas_kernels.rope import check_angles
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
 BACKENDS = (
@@ -108,14 +109,11 @@ def _spec(
 ) -> KVWriteSpec:
     """The static side of a call. heads: of q and of k; tokens: [T, …, head_dim]."""
     count, _, head_dim = tokens.shape
-    if k_pages.shape != v_pages.shape or k_pages.shape[1] != heads[1] or k_pages.shape[3] != head_dim:
-        raise ValueError(
-            f"k_pages, v_pages: {k_pages.shape}, {v_pages.shape} do not fit {heads[1]} KV heads of {head_dim}"
-        )
-    if write_slots.shape != (count,):
-        raise ValueError(f"write_slots: expected [{count}], got {write_slots.shape}")
+    check_pages(k_pages, v_pages, write_slots, tokens=count, kv_heads=heads[1], head_dim=head_dim)
     if (cos is None) != (sin is None):
         raise ValueError("cos, sin: expected both or neither")
+    if cos is not None and sin is not None:
+        check_angles(cos, sin, count, head_dim)
     return KVWriteSpec(
         heads=heads[0],
         kv_heads=heads[1],

@@ -31,7 +31,7 @@ from pjengine.pallas_kernels.head_pieces import (
 from pjengine.pallas_kernels.head_sizes import PIECE
 from pjengine.pallas_kernels.kv_write import mosaic
 from pjengine.pallas_kernels.mosaic_common import launch
-from pjengine.pallas_kernels.registers import Int32, int32, load_words, this_thread
+from pjengine.pallas_kernels.registers import Int32, int32, load_words, page_item, this_thread
 from pjengine.pallas_kernels.specs import KVWriteSpec
 
 THREADS = 128
@@ -121,7 +121,6 @@ def _kernel(*refs: Any, spec: KVWriteSpec, units: int) -> None:
             own = Int32(arith.subi(head.value, int32(begin).value))
             inside = arith.cmpi(arith.CmpIPredicate.ult, own.value, int32(kv_heads).value)
             with mgpu_utils.when(arith.andi(inside, written)):
-                place = (slot // page_size * kv_heads + own) * page_size + slot % page_size
-                store_piece(moved, ref, place, column, head_dim)
+                store_piece(moved, ref, page_item(slot, own, kv_heads, page_size), column, head_dim)
 
     move(*refs, lax.axis_index("block"))

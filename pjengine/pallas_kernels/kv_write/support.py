@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from pjengine.pallas_kernels.backends import Target
@@ -19,3 +20,17 @@ def mosaic_refusal(spec: KVWriteSpec, target: Target) -> str | None:
     if spec.head_dim > 256 or spec.kv_heads > 256:
         return f"TMA boxes hold at most 256 elements a side, got {spec.kv_heads} heads of {spec.head_dim}"
     return None
+
+
+def check_pages(
+    k_pages: jax.Array, v_pages: jax.Array, write_slots: jax.Array, *, tokens: int, kv_heads: int, head_dim: int
+) -> None:
+    """Raises: ValueError, pages [pages, kv_heads, page_size, head_dim] or slots [tokens] that do not fit what is to be
+    written.
+    """
+    if k_pages.shape != v_pages.shape or k_pages.shape[1::2] != (kv_heads, head_dim):
+        raise ValueError(
+            f"k_pages, v_pages: {k_pages.shape}, {v_pages.shape} do not fit {kv_heads} KV heads of {head_dim}"
+        )
+    if write_slots.shape != (tokens,):
+        raise ValueError(f"write_slots: expected [{tokens}], got {write_slots.shape}")

@@ -10,7 +10,9 @@ from pjengine.pallas_kernels.backends import Backend, accept, current_target, se
 from pjengine.pallas_kernels.fused import query_heads
 from pjengine.pallas_kernels.head_norms import head_norm_eps
 from pjengine.pallas_kernels.kv_write.api import rope_write_kv_qkv
+from pjengine.pallas_kernels.kv_write.support import check_pages
 from pjengine.pallas_kernels.paged.support import fused_refusal, mosaic_refusal
+from pjengine.pallas_kernels.rope import check_angles
 from pjengine.pallas_kernels.specs import AttentionSpec
 from pjengine.pallas_kernels.triton_support import triton_refusal
 
@@ -130,7 +132,8 @@ def paged_attention_qkv(
     refusal = fused_refusal(spec, current_target(), norm=norm_eps is not None)
     if backend in ("auto", "mosaic") and refusal is None:
         _check(q, k_pages, v_pages, query_starts, kv_lens, block_tables, decode, None)
-        _check_rotation(cos, sin, write_slots, q)
+        check_angles(cos, sin, q.shape[0], q.shape[2])
+        check_pages(k_pages, v_pages, write_slots, tokens=q.shape[0], kv_heads=kv_heads, head_dim=q.shape[2])
         mosaic = importlib.import_module("pjengine.pallas_kernels.paged.mosaic")
         norms = () if q_norm is None else (q_norm, k_norm)
         served: tuple[jax.Array, jax.Array, jax.Array] = mosaic.paged_attention_qkv(
@@ -164,14 +167,6 @@ def paged_attention_qkv(
         backend=backend,
     )
     return attended, k_pages, v_pages
-
-
-def _check_rotation(cos: jax.Array, sin: jax.Array, write_slots: jax.Array, q: jax.ShapeDtypeStruct) -> None:
-    tokens, _, head_dim = q.shape
-    if write_slots.shape != (tokens,):
-        raise ValueError(f"write_slots: expected [{tokens}], got {write_slots.shape}")
-    if any(x.shape != (tokens, head_dim // 2) for x in (cos, sin)):
-        raise ValueError(f"cos, sin: expected [{tokens}, {head_dim // 2}], got {cos.shape} and {sin.shape}")
 
 
 def _check(

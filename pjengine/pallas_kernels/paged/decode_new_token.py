@@ -29,6 +29,7 @@ from pjengine.pallas_kernels.registers import (
     far_pointer,
     int32,
     load_words,
+    page_item,
     pointer,
     this_thread,
     tile_offset,
@@ -125,7 +126,7 @@ def stage_projection(
                     llvm.store(half, pointer(kept, own * (head_dim * 2) + start))
             written = arith.andi(keeps, arith.cmpi(arith.CmpIPredicate.sge, slot.value, int32(0).value))
             with mgpu_utils.when(written):
-                item = (slot // page_size * spec.kv_heads + kv_head) * page_size + slot % page_size
+                item = page_item(slot, kv_head, spec.kv_heads, page_size)
                 places = (far_pointer(ref, item, head_dim * 2, column * (2 * width)) for ref in (k_pages, v_pages))
                 written_to = both_halves(llvm.select(own.equals(int32(0)), *places), head_dim)
                 for half, address in zip(moved, written_to, strict=True):

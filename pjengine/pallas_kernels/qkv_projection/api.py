@@ -10,8 +10,10 @@ import jax
 
 from pjengine.pallas_kernels.backends import Target, current_target
 from pjengine.pallas_kernels.head_norms import head_norm_eps
+from pjengine.pallas_kernels.kv_write.support import check_pages
 from pjengine.pallas_kernels.persistent_product.tiles import COLUMNS, K_STEP, config_for
 from pjengine.pallas_kernels.qkv_projection.tiles import pays
+from pjengine.pallas_kernels.rope import check_angles
 from pjengine.pallas_kernels.specs import QKVSpec
 
 HEAD_DIMS = (64, 128)
@@ -134,13 +136,8 @@ def qkv_product_paged(
     Returns: (q rotated [T, heads, head_dim], k_pages, v_pages).
     Raises: as `qkv_product`.
     """
-    heads = (projection.kv_heads, projection.head_dim)
-    if k_pages.shape != v_pages.shape or k_pages.shape[1::2] != heads:
-        raise ValueError(
-            f"k_pages, v_pages: {k_pages.shape}, {v_pages.shape} do not fit {heads[0]} heads of {heads[1]}"
-        )
-    if write_slots.shape != x.shape[:1]:
-        raise ValueError(f"write_slots: expected [{x.shape[0]}], got {write_slots.shape}")
+    kv_heads, head_dim = projection.kv_heads, projection.head_dim
+    check_pages(k_pages, v_pages, write_slots, tokens=x.shape[0], kv_heads=kv_heads, head_dim=head_dim)
     written: tuple[jax.Array, jax.Array, jax.Array] = _mosaic().qkv_product_paged(
         *_operands(x, projection, cos, sin),
         k_pages,
@@ -161,8 +158,7 @@ def _operands(x: jax.Array, projection: Projection, cos: jax.Array, sin: jax.Arr
     (tokens, hidden), head_dim = x.shape, projection.head_dim
     if hidden != projection.weight.shape[0]:
         raise ValueError(f"x, weight: {x.shape} and {projection.weight.shape} do not fit")
-    if cos.shape != (tokens, head_dim // 2) or sin.shape != cos.shape:
-        raise ValueError(f"cos, sin: expected [{tokens}, {head_dim // 2}], got {cos.shape} and {sin.shape}")
+    check_angles(cos, sin, tokens, head_dim)
     q_norm, k_norm = projection.q_norm, projection.k_norm
     head_norm_eps(q_norm, k_norm, projection.eps, jax.ShapeDtypeStruct((tokens, head_dim), x.dtype))
     norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)

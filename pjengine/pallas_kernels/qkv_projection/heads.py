@@ -26,10 +26,12 @@ from pjengine.pallas_kernels.persistent_product.products import LAYOUT
 from pjengine.pallas_kernels.persistent_product.tiles import COLUMNS
 from pjengine.pallas_kernels.registers import (
     Int32,
+    far_pointer,
     float32,
     int32,
     load_words,
     over_lanes,
+    page_item,
     pointer,
     this_thread,
     tile_offset,
@@ -150,8 +152,8 @@ def store_in_pages(
         ]
         for token, slot, value in zip(tokens_of, places, values, strict=True):
             written = arith.andi(token.below(tokens), arith.cmpi(arith.CmpIPredicate.sge, slot.value, int32(0).value))
-            item = (slot // page_size * kv_heads + own) * page_size + slot % page_size
-            _store_if(written, value, _item_pointer(pool, item, head_dim * nbytes, chunk % per_head * 16))
+            item = page_item(slot, own, kv_heads, page_size)
+            _store_if(written, value, far_pointer(pool, item, head_dim * nbytes, chunk % per_head * 16))
 
     store(staged, k_pages, v_pages, slots, row, head)
 
@@ -205,24 +207,13 @@ def _load_columns(base: Any, first: Int32, count: int, kind: Any) -> list[Any]:
     """This thread's pair of each of `count` eights of columns of a 16-bit vector, in float32. base: its address."""
     wide = _pair_of(ir.F32Type.get())
     offset = (first + this_thread().pair * 2) * 2
-    places = [_at(base, offset + j * 2 * _EIGHT) for j in range(count)]
+    places = [pointer(base, offset + j * 2 * _EIGHT) for j in range(count)]
     return [arith.extf(wide, llvm.load(kind, place)) for place in places]
 
 
 def _select(condition: Any, first: Any, second: Any) -> Any:
     """The address of one of two references."""
     return llvm.select(condition, mgpu_utils.memref_ptr(first), mgpu_utils.memref_ptr(second))
-
-
-def _at(base: Any, offset: Int32) -> Any:
-    return mgpu_utils.getelementptr(base, [offset.value], ir.IntegerType.get_signless(8))
-
-
-def _item_pointer(base: Any, item: Int32, item_bytes: int, offset: Int32) -> Any:
-    """As `registers.far_pointer`, from an address."""
-    word, long = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(64)
-    begin = arith.muli(arith.extui(long, item.value), mgpu.c(item_bytes, long))
-    return mgpu_utils.getelementptr(base, [arith.addi(begin, arith.extui(long, offset.value))], word)
 
 
 def _store_if(condition: Any, value: Any, place: Any) -> None:

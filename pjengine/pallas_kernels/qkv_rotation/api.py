@@ -8,6 +8,7 @@ from pjengine.pallas_kernels.backends import Backend, accept, select
 from pjengine.pallas_kernels.fused import query_heads
 from pjengine.pallas_kernels.head_norms import head_norm_eps
 from pjengine.pallas_kernels.qkv_rotation.support import mosaic_refusal
+from pjengine.pallas_kernels.rope import check_angles
 from pjengine.pallas_kernels.specs import RotationSpec
 
 BACKENDS = (
@@ -47,8 +48,7 @@ def rope_qkv(
     """
     heads = query_heads(qkv, kv_heads)
     tokens, _, head_dim = qkv.shape
-    if cos.shape != (tokens, head_dim // 2) or sin.shape != cos.shape:
-        raise ValueError(f"cos, sin: expected [{tokens}, {head_dim // 2}], got {cos.shape} and {sin.shape}")
+    check_angles(cos, sin, tokens, head_dim)
     spec = RotationSpec(heads, kv_heads, head_dim, qkv.dtype.name, head_norm_eps(q_norm, k_norm, eps, qkv))
     implementation = select("rope_qkv", rotator(backend), BACKENDS, spec).load()
     return implementation(qkv, cos, sin, q_norm, k_norm, spec=spec)
