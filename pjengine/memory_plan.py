@@ -10,8 +10,9 @@ from pjengine.errors import OutOfMemory
 GIB = 1 << 30
 RESERVE = 256 << 20  # bytes of a GPU left to allocator rounding, counted with the temporaries
 OUTSIDE = 7 << 28  # bytes of a GPU that CUDA takes for itself: its context, loaded kernels, graphs
-# XLA's temporaries against `activation_width`: 0.2 to 0.7 for Llama-3.1-8B at 4096 and 8192 tokens on an H200, 3.4
-# before rotation and activation were kernels. The rest is room for models and devices whose fusions turn out otherwise.
+# XLA's temporaries against `activation_width`: 0.2 to 0.7 for Llama-3.1-8B at 4096 and 8192 tokens on an H200, up to
+# 3.4 in earlier forms of the step. The rest is room for models and devices whose fusions turn out otherwise; an engine
+# whose executables need more plans again.
 _SLACK = 2.0
 _SAMPLER_COPIES = 4  # of the logits, in float32, alive at once in a sampler; 2 were measured
 
